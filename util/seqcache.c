@@ -1,0 +1,831 @@
+/*
+ * SeqCache: a cache for small sequential writes
+ *
+ * This work is licensed under the terms of the GNU GPL, version 2 or later.
+ * See the COPYING file in the top-level directory.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * The clusters are found by their index through a hash table.  Besides, each
+ * is in at most one list, which its state tells:
+ *
+ *  free                    SeqCache.free
+ *  unfinished              SeqCache.unfinished, also while in flight
+ *  finished, not in flight SeqCache.ready
+ *  finished, in flight     none; only SeqRequest.clusters knows it
+ *
+ * A cluster and its buffer are one slot of a slab and are never separated.
+ * Free slots are reused in the order in which they became free: then small
+ * clusters that follow each other are mostly neighbours in memory too, and
+ * a request needs few elements in its vector.
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/host-utils.h"
+#include "qemu/memalign.h"
+#include "qemu/seqcache.h"
+
+/* A slab gets this large, unless that means too many or no clusters */
+#define SLAB_SIZE (64 * 1024)
+#define SLAB_MAX_CLUSTERS 128
+
+/*
+ * A cached cluster.  Positions count from the start of the cluster, and
+ * begin <= flushed <= flush_end <= end.
+ */
+typedef struct SeqCluster {
+    /* Offset divided by the cluster size.  Key of the hash table: stay first */
+    int64_t index;
+    uint8_t *buf;
+
+    /* The run.  Not empty. */
+    uint32_t begin;
+    uint32_t end;
+
+    /* The run was written out up to here */
+    uint32_t flushed;
+
+    /*
+     * Where the run ended at the last flush point, if it was there already
+     * (else @begin).  Unused once the cluster is finished: all of it is to be
+     * written then.
+     */
+    uint32_t flush_end;
+
+    /* Still open?  Then it is the end of the run that is less than a cluster */
+    bool unfinished;
+
+    /* Is it in a request?  There is no more than one at a time. */
+    bool in_flight;
+
+    /*
+     * Discarded in flight: counts as finished, but is neither readable nor
+     * handed out again.
+     */
+    bool doomed;
+
+    /* When it was begun; unique, and the order of writing out */
+    uint64_t seq;
+
+    /*
+     * Unfinished: the flush points up to @point need nothing more of it, and
+     * those up to @point_in_flight will not when it is completed.
+     */
+    uint64_t point;
+    uint64_t point_in_flight;
+
+    /* In one of the lists of SeqCache; data is the cluster itself */
+    GList link;
+} SeqCluster;
+
+/* Memory for clusters and their buffers */
+typedef struct SeqSlab {
+    struct SeqSlab *next;
+    uint8_t *mem;
+    SeqCluster clusters[];
+} SeqSlab;
+
+/*
+ * Clusters that can be one request: @first, @last and all between them in
+ * address space
+ */
+typedef struct SeqRun {
+    SeqCluster *first;
+    SeqCluster *last;
+    int64_t bytes; /* what the request holds, with padding */
+    int niov;
+} SeqRun;
+
+typedef struct SeqRequest {
+    SeqCacheRequest req; /* what the user sees */
+
+    GList link; /* in SeqCache.requests; data is the request itself */
+
+    unsigned nb_clusters;
+    SeqCluster *clusters[];
+} SeqRequest;
+
+struct SeqCache {
+    uint32_t cluster_size;
+    int cluster_bits;
+    unsigned max_unfinished;
+    bool pad;
+
+    GHashTable *clusters; /* set of SeqCluster, doomed ones included */
+    GQueue unfinished;    /* by SeqCluster.seq */
+    GQueue ready;         /* by SeqCluster.seq */
+    GQueue free;          /* first freed, first used */
+    GQueue requests;      /* all that were handed out and not completed */
+
+    SeqSlab *slabs;
+
+    /* The number that the next cluster or flush point gets */
+    uint64_t next_seq;
+
+    int64_t bytes_cached; /* in runs, except those of doomed clusters */
+    int64_t bytes_ready;  /* in @ready, to be written out */
+
+    /*
+     * What seqcache_next_flush_bytes() found, and for which limits, so that it
+     * need not begin anew: the longest run that starts with the first cluster
+     * of @ready, all of it in @ready.  Unknown if ahead.first is NULL.
+     */
+    SeqRun ahead;
+    SeqCacheLimits ahead_limits;
+};
+
+static inline int64_t cluster_offset(const SeqCache *s, const SeqCluster *c)
+{
+    return c->index << s->cluster_bits;
+}
+
+static inline uint32_t offset_in_cluster(const SeqCache *s, int64_t offset)
+{
+    return offset & (s->cluster_size - 1);
+}
+
+/* The number of clusters that a range touches; @bytes must not be 0 */
+static int64_t clusters_in_range(const SeqCache *s, int64_t offset,
+                                 int64_t bytes)
+{
+    return ((offset + bytes - 1) >> s->cluster_bits) -
+           (offset >> s->cluster_bits) + 1;
+}
+
+static void check_range(int64_t offset, int64_t bytes)
+{
+    assert(offset >= 0 && bytes >= 0 && bytes <= INT64_MAX - offset);
+}
+
+static inline SeqCluster *cluster_find(const SeqCache *s, int64_t index)
+{
+    return g_hash_table_lookup(s->clusters, &index);
+}
+
+SeqCache *seqcache_new(const SeqCacheOptions *opts)
+{
+    SeqCache *s;
+
+    assert(opts->cluster_size > 0 &&
+           opts->cluster_size <= SEQCACHE_MAX_CLUSTER_SIZE &&
+           is_power_of_2(opts->cluster_size));
+    assert(opts->max_unfinished > 0);
+
+    s = g_new0(SeqCache, 1);
+    s->cluster_size = opts->cluster_size;
+    s->cluster_bits = ctz32(opts->cluster_size);
+    s->max_unfinished = opts->max_unfinished;
+    s->pad = opts->pad;
+    s->clusters = g_hash_table_new(g_int64_hash, g_int64_equal);
+    s->next_seq = 1;
+    return s;
+}
+
+static void slab_new(SeqCache *s)
+{
+    unsigned n = MIN(MAX(SLAB_SIZE / s->cluster_size, 1), SLAB_MAX_CLUSTERS);
+    SeqSlab *slab = g_malloc(sizeof(*slab) + n * sizeof(slab->clusters[0]));
+    unsigned i;
+
+    slab->mem = qemu_memalign(qemu_real_host_page_size(),
+                              (size_t)n * s->cluster_size);
+    slab->next = s->slabs;
+    s->slabs = slab;
+
+    for (i = 0; i < n; i++) {
+        SeqCluster *c = &slab->clusters[i];
+
+        *c = (SeqCluster) {
+            .buf = slab->mem + (size_t)i * s->cluster_size,
+            .link.data = c,
+        };
+        g_queue_push_tail_link(&s->free, &c->link);
+    }
+}
+
+/* Free all memory of clusters; none may be cached */
+static void slabs_free(SeqCache *s)
+{
+    while (s->slabs) {
+        SeqSlab *slab = s->slabs;
+
+        s->slabs = slab->next;
+        qemu_vfree(slab->mem);
+        g_free(slab);
+    }
+    g_queue_init(&s->free);
+}
+
+void seqcache_free(SeqCache *s)
+{
+    if (!s) {
+        return;
+    }
+    assert(g_queue_is_empty(&s->requests));
+
+    g_hash_table_destroy(s->clusters);
+    slabs_free(s);
+    g_free(s);
+}
+
+/* Begin an unfinished cluster with an empty run */
+static SeqCluster *cluster_new(SeqCache *s, int64_t offset)
+{
+    SeqCluster *c;
+    GList *link;
+
+    if (g_queue_is_empty(&s->free)) {
+        slab_new(s);
+    }
+    link = g_queue_pop_head_link(&s->free);
+    c = link->data;
+
+    c->index = offset >> s->cluster_bits;
+    c->begin = offset_in_cluster(s, offset);
+    c->end = c->flushed = c->flush_end = c->begin;
+    c->unfinished = true;
+    c->in_flight = false;
+    c->doomed = false;
+    c->seq = s->next_seq++;
+    c->point = 0;
+
+    g_hash_table_add(s->clusters, c);
+    g_queue_push_tail_link(&s->unfinished, link);
+    return c;
+}
+
+/* Remove a cluster that is in no list from the cache */
+static void cluster_free(SeqCache *s, SeqCluster *c)
+{
+    if (!c->doomed) {
+        s->bytes_cached -= c->end - c->begin;
+    }
+    g_hash_table_remove(s->clusters, c);
+    g_queue_push_tail_link(&s->free, &c->link);
+
+    /* Give memory back, except what the next few clusters are going to need */
+    if (!g_hash_table_size(s->clusters) && s->slabs->next) {
+        slabs_free(s);
+    }
+}
+
+/* Insert by number.  The place is searched from @hint, which is in the list. */
+static void ready_insert(SeqCache *s, SeqCluster *c, GList *hint)
+{
+    while (hint && ((SeqCluster *)hint->data)->seq > c->seq) {
+        hint = hint->prev;
+    }
+    while (hint && hint->next &&
+           ((SeqCluster *)hint->next->data)->seq < c->seq) {
+        hint = hint->next;
+    }
+    g_queue_insert_after_link(&s->ready, hint, &c->link);
+    s->bytes_ready += c->end - c->flushed;
+
+    if (!hint) {
+        s->ahead.first = NULL;
+    }
+}
+
+static void ready_remove(SeqCache *s, SeqCluster *c)
+{
+    g_queue_unlink(&s->ready, &c->link);
+    s->bytes_ready -= c->end - c->flushed;
+    s->ahead.first = NULL;
+}
+
+/* Finish an unfinished cluster.  It is gone if there is nothing to write. */
+static void cluster_finish(SeqCache *s, SeqCluster *c)
+{
+    g_queue_unlink(&s->unfinished, &c->link);
+    c->unfinished = false;
+
+    if (c->in_flight) {
+        /* seqcache_complete() sees to it */
+    } else if (c->flushed < c->end) {
+        /* Only clusters that were begun since are passed on the way */
+        ready_insert(s, c, s->ready.tail);
+    } else {
+        cluster_free(s, c);
+    }
+}
+
+/*
+ * Find the cluster with the lowest index in a range, if there is any.  Doomed
+ * ones are passed over unless @doomed.
+ */
+static SeqCluster *range_first(const SeqCache *s, int64_t first, int64_t count,
+                               bool doomed)
+{
+    SeqCluster *found = NULL;
+    GHashTableIter iter;
+    gpointer key;
+    int64_t i;
+
+    if (count <= g_hash_table_size(s->clusters)) {
+        for (i = 0; i < count; i++) {
+            SeqCluster *c = cluster_find(s, first + i);
+
+            if (c && (doomed || !c->doomed)) {
+                return c;
+            }
+        }
+        return NULL;
+    }
+
+    g_hash_table_iter_init(&iter, s->clusters);
+    while (g_hash_table_iter_next(&iter, &key, NULL)) {
+        SeqCluster *c = key;
+
+        if (c->index >= first && c->index - first < count &&
+            (doomed || !c->doomed) && (!found || c->index < found->index)) {
+            found = c;
+        }
+    }
+    return found;
+}
+
+bool seqcache_can_write(const SeqCache *s, int64_t offset, int64_t bytes)
+{
+    SeqCluster *c;
+
+    check_range(offset, bytes);
+    if (!bytes) {
+        return true;
+    }
+
+    c = cluster_find(s, offset >> s->cluster_bits);
+    if (c && !(c->unfinished && c->end == offset_in_cluster(s, offset))) {
+        return false;
+    }
+    return !range_first(s, (offset >> s->cluster_bits) + 1,
+                        clusters_in_range(s, offset, bytes) - 1, true);
+}
+
+bool seqcache_continues(const SeqCache *s, int64_t offset)
+{
+    SeqCluster *c;
+
+    check_range(offset, 0);
+    c = cluster_find(s, offset >> s->cluster_bits);
+    return c && c->unfinished && c->end == offset_in_cluster(s, offset);
+}
+
+void seqcache_write(SeqCache *s, int64_t offset, int64_t bytes,
+                    const void *buf)
+{
+    const uint8_t *src = buf;
+
+    check_range(offset, bytes);
+    while (bytes) {
+        uint32_t pos = offset_in_cluster(s, offset);
+        uint32_t n = MIN(bytes, s->cluster_size - pos);
+        SeqCluster *c = cluster_find(s, offset >> s->cluster_bits);
+
+        if (!c) {
+            c = cluster_new(s, offset);
+        }
+        assert(c->unfinished && c->end == pos);
+
+        memcpy(c->buf + pos, src, n);
+        c->end += n;
+        s->bytes_cached += n;
+
+        if (c->end == s->cluster_size) {
+            cluster_finish(s, c);
+        } else if (s->unfinished.length > s->max_unfinished) {
+            seqcache_finish_oldest(s);
+        }
+
+        offset += n;
+        src += n;
+        bytes -= n;
+    }
+}
+
+int64_t seqcache_read(const SeqCache *s, int64_t offset, int64_t bytes,
+                      void *buf)
+{
+    uint8_t *dst = buf;
+    int64_t done = 0;
+
+    check_range(offset, bytes);
+    while (done < bytes) {
+        uint32_t pos = offset_in_cluster(s, offset + done);
+        SeqCluster *c = cluster_find(s, (offset + done) >> s->cluster_bits);
+        uint32_t n;
+
+        if (!c || c->doomed || pos < c->begin || pos >= c->end) {
+            break;
+        }
+        n = MIN(bytes - done, c->end - pos);
+        memcpy(dst + done, c->buf + pos, n);
+        done += n;
+    }
+    return done;
+}
+
+int64_t seqcache_gap(const SeqCache *s, int64_t offset, int64_t bytes)
+{
+    int64_t index = offset >> s->cluster_bits;
+    int64_t count;
+    SeqCluster *c;
+
+    check_range(offset, bytes);
+    if (!bytes) {
+        return 0;
+    }
+
+    count = clusters_in_range(s, offset, bytes);
+    c = cluster_find(s, index);
+    if (!c || c->doomed || offset_in_cluster(s, offset) >= c->end) {
+        c = range_first(s, index + 1, count - 1, false);
+        if (!c) {
+            return bytes;
+        }
+    }
+    return MIN(bytes, MAX(cluster_offset(s, c) + c->begin - offset, 0));
+}
+
+bool seqcache_finish_oldest(SeqCache *s)
+{
+    GList *link = g_queue_peek_head_link(&s->unfinished);
+
+    if (!link) {
+        return false;
+    }
+    cluster_finish(s, link->data);
+    return true;
+}
+
+uint64_t seqcache_flush_point(SeqCache *s)
+{
+    uint64_t point = s->next_seq++;
+    GList *link;
+
+    for (link = s->unfinished.head; link; link = link->next) {
+        SeqCluster *c = link->data;
+
+        if (c->flush_end == c->end) {
+            continue;
+        }
+        if (c->flushed == c->flush_end) {
+            c->point = point - 1;
+        } else if (c->in_flight && !c->point_in_flight) {
+            c->point_in_flight = point - 1;
+        }
+        c->flush_end = c->end;
+    }
+    return point;
+}
+
+bool seqcache_is_flushed(const SeqCache *s, uint64_t point)
+{
+    GList *link = s->ready.head;
+    unsigned i;
+
+    if (link && ((SeqCluster *)link->data)->seq < point) {
+        return false;
+    }
+
+    for (link = s->unfinished.head; link; link = link->next) {
+        const SeqCluster *c = link->data;
+
+        if (c->seq < point && c->point < point && c->flushed < c->flush_end) {
+            return false;
+        }
+    }
+
+    for (link = s->requests.head; link; link = link->next) {
+        const SeqRequest *r = link->data;
+
+        for (i = 0; i < r->nb_clusters; i++) {
+            const SeqCluster *c = r->clusters[i];
+
+            if (c->seq < point && !c->unfinished && !c->doomed) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+/* Where the bytes to be written out next end, not counting padding */
+static uint32_t pending_end(const SeqCluster *c)
+{
+    return c->unfinished ? c->flush_end : c->end;
+}
+
+/* Where they start: with the block that the first unwritten byte is in */
+static uint32_t pending_begin(const SeqCluster *c, int64_t align)
+{
+    return MAX(c->begin, QEMU_ALIGN_DOWN(c->flushed, align));
+}
+
+/* Where they end when they are the last in a request */
+static uint32_t padded_end(const SeqCache *s, const SeqCluster *c,
+                                 int64_t align)
+{
+    int64_t end = pending_end(c);
+
+    if (s->pad && !c->unfinished && align <= s->cluster_size) {
+        int64_t padded = QEMU_ALIGN_UP(end, align);
+
+        if (padded <= INT64_MAX - cluster_offset(s, c)) {
+            return padded;
+        }
+    }
+    return end;
+}
+
+/* Can anything of this cluster be handed out now? */
+static bool cluster_is_pending(const SeqCluster *c, bool unfinished)
+{
+    return !c->in_flight && !c->doomed && (unfinished || !c->unfinished) &&
+           c->flushed < pending_end(c);
+}
+
+/* The cluster that follows a ready one in address space, if it is cached */
+static SeqCluster *cluster_next(const SeqCache *s, const SeqCluster *c)
+{
+    /* Mostly it was begun right after it */
+    if (c->link.next) {
+        SeqCluster *next = c->link.next->data;
+
+        if (next->index == c->index + 1) {
+            return next;
+        }
+    }
+    return cluster_find(s, c->index + 1);
+}
+
+static void run_init(const SeqCache *s, SeqRun *run, SeqCluster *first,
+                     const SeqCacheLimits *limits)
+{
+    assert(is_power_of_2(limits->align));
+    assert(limits->max_bytes > 0 && limits->max_iov > 0);
+
+    run->first = run->last = first;
+    run->bytes = padded_end(s, first, limits->align) -
+                 pending_begin(first, limits->align);
+    run->niov = 1;
+}
+
+/*
+ * Add the following clusters to a run, as far as possible.
+ *
+ * Returns: true if there are more, but the limits do not allow them.
+ */
+static bool run_extend(const SeqCache *s, SeqRun *run,
+                       const SeqCacheLimits *limits, bool unfinished)
+{
+    while (pending_end(run->last) == s->cluster_size) {
+        SeqCluster *c = cluster_next(s, run->last);
+        bool adjacent;
+        uint32_t n;
+
+        if (!c || !cluster_is_pending(c, unfinished) ||
+            pending_begin(c, limits->align) > 0) {
+            break;
+        }
+
+        adjacent = run->last->buf + s->cluster_size == c->buf;
+        n = padded_end(s, c, limits->align);
+        if (run->bytes > limits->max_bytes - n ||
+            (!adjacent && run->niov == limits->max_iov)) {
+            return true;
+        }
+        run->last = c;
+        run->bytes += n;
+        run->niov += !adjacent;
+    }
+    return false;
+}
+
+/* The first in order of all clusters that have something to hand out */
+static SeqCluster *flush_first(const SeqCache *s, bool unfinished)
+{
+    SeqCluster *c = s->ready.head ? s->ready.head->data : NULL;
+    GList *link;
+
+    if (unfinished) {
+        for (link = s->unfinished.head; link; link = link->next) {
+            SeqCluster *u = link->data;
+
+            if (c && c->seq < u->seq) {
+                break;
+            }
+            if (cluster_is_pending(u, true)) {
+                return u;
+            }
+        }
+    }
+    return c;
+}
+
+/* Move the clusters of a run up to address @end into a request */
+static SeqRequest *request_new(SeqCache *s, const SeqRun *run, int64_t start,
+                               int64_t end)
+{
+    unsigned n = clusters_in_range(s, start, end - start);
+    SeqRequest *r = g_malloc(sizeof(*r) + n * sizeof(r->clusters[0]));
+    SeqCluster *c = run->first;
+    struct iovec *iov = NULL;
+
+    *r = (SeqRequest) {
+        .req.offset = start,
+        .req.bytes = end - start,
+        .req.iov = g_new(struct iovec, run->niov),
+        .link.data = r,
+    };
+
+    while (true) {
+        uint32_t from = start - cluster_offset(s, c);
+        uint32_t n_bytes = MIN(end - start, s->cluster_size - from);
+        SeqCluster *next;
+
+        if (iov && (uint8_t *)iov->iov_base + iov->iov_len == c->buf) {
+            iov->iov_len += n_bytes;
+        } else {
+            iov = &r->req.iov[r->req.niov++];
+            iov->iov_base = c->buf + from;
+            iov->iov_len = n_bytes;
+        }
+        if (from + n_bytes > pending_end(c)) {
+            memset(c->buf + c->end, 0, from + n_bytes - c->end);
+        }
+        r->clusters[r->nb_clusters++] = c;
+
+        start += n_bytes;
+        next = start < end ? cluster_next(s, c) : NULL;
+        c->in_flight = true;
+        c->point_in_flight = 0;
+        if (!c->unfinished) {
+            ready_remove(s, c);
+        }
+        if (!next) {
+            break;
+        }
+        c = next;
+    }
+
+    g_queue_push_tail_link(&s->requests, &r->link);
+    return r;
+}
+
+SeqCacheRequest *seqcache_get_next_flush(SeqCache *s,
+                                         const SeqCacheLimits *limits,
+                                         bool unfinished)
+{
+    SeqCluster *first = flush_first(s, unfinished);
+    int64_t start, end, bound;
+    SeqRun run;
+    bool cut;
+
+    if (!first) {
+        return NULL;
+    }
+
+    run_init(s, &run, first, limits);
+    cut = run_extend(s, &run, limits, unfinished);
+    start = cluster_offset(s, first) + pending_begin(first, limits->align);
+    end = start + run.bytes;
+
+    if (!unfinished || cut) {
+        /* All but the last cluster are full: cut the rest off at a boundary */
+        bound = QEMU_ALIGN_DOWN(end, MAX(limits->align, s->cluster_size));
+        if (!QEMU_IS_ALIGNED(end, limits->align) && bound > start) {
+            end = bound;
+        }
+    }
+    return &request_new(s, &run, start, end)->req;
+}
+
+int64_t seqcache_next_flush_bytes(SeqCache *s, const SeqCacheLimits *limits)
+{
+    SeqCluster *first = flush_first(s, false);
+
+    if (!first) {
+        return 0;
+    }
+
+    if (!s->ahead.first || s->ahead_limits.align != limits->align ||
+        s->ahead_limits.max_bytes != limits->max_bytes ||
+        s->ahead_limits.max_iov != limits->max_iov) {
+        run_init(s, &s->ahead, first, limits);
+        s->ahead_limits = *limits;
+    }
+    run_extend(s, &s->ahead, limits, false);
+
+    return s->ahead.bytes - (padded_end(s, s->ahead.last, limits->align) -
+                             s->ahead.last->end);
+}
+
+void seqcache_complete(SeqCache *s, SeqCacheRequest *req, bool success)
+{
+    SeqRequest *r = container_of(req, SeqRequest, req);
+    GList *hint = s->ready.head;
+    unsigned i;
+
+    g_queue_unlink(&s->requests, &r->link);
+
+    for (i = 0; i < r->nb_clusters; i++) {
+        SeqCluster *c = r->clusters[i];
+
+        c->in_flight = false;
+        if (success) {
+            /* Padding may reach beyond the run, a run beyond the request */
+            c->flushed = MIN(c->end, req->offset + req->bytes -
+                                     cluster_offset(s, c));
+            c->point = MAX(c->point, c->point_in_flight);
+        }
+
+        if (c->doomed || (!c->unfinished && c->flushed == c->end)) {
+            cluster_free(s, c);
+        } else if (!c->unfinished) {
+            ready_insert(s, c, hint);
+            hint = &c->link;
+        }
+    }
+
+    g_free(req->iov);
+    g_free(r);
+}
+
+/* Returns: true if the cluster is in flight */
+static bool cluster_discard(SeqCache *s, SeqCluster *c)
+{
+    if (c->doomed) {
+        return true;
+    }
+
+    if (c->unfinished) {
+        g_queue_unlink(&s->unfinished, &c->link);
+        c->unfinished = false;
+    } else if (!c->in_flight) {
+        ready_remove(s, c);
+    }
+
+    if (c->in_flight) {
+        s->bytes_cached -= c->end - c->begin;
+        c->doomed = true;
+        return true;
+    }
+    cluster_free(s, c);
+    return false;
+}
+
+bool seqcache_discard(SeqCache *s, int64_t offset, int64_t bytes)
+{
+    int64_t first = offset >> s->cluster_bits;
+    bool in_flight = false;
+    int64_t count, i;
+
+    check_range(offset, bytes);
+    if (!bytes) {
+        return false;
+    }
+
+    count = clusters_in_range(s, offset, bytes);
+    if (count <= g_hash_table_size(s->clusters)) {
+        for (i = 0; i < count; i++) {
+            SeqCluster *c = cluster_find(s, first + i);
+
+            in_flight |= c && cluster_discard(s, c);
+        }
+    } else {
+        guint n;
+        g_autofree gpointer *all =
+            g_hash_table_get_keys_as_array(s->clusters, &n);
+
+        for (i = 0; i < n; i++) {
+            SeqCluster *c = all[i];
+
+            if (c->index >= first && c->index - first < count) {
+                in_flight |= cluster_discard(s, c);
+            }
+        }
+    }
+    return in_flight;
+}
+
+bool seqcache_discard_cluster(SeqCache *s, int64_t offset)
+{
+    return seqcache_discard(s, offset, 1);
+}
+
+uint64_t seqcache_nb_clusters(const SeqCache *s)
+{
+    return g_hash_table_size(s->clusters);
+}
+
+void seqcache_get_stats(const SeqCache *s, SeqCacheStats *stats)
+{
+    *stats = (SeqCacheStats) {
+        .nb_clusters = g_hash_table_size(s->clusters),
+        .nb_unfinished = s->unfinished.length,
+        .bytes_cached = s->bytes_cached,
+        .bytes_finished = s->bytes_ready,
+        .nb_in_flight = s->requests.length,
+    };
+}
