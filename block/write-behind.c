@@ -1,0 +1,686 @@
+/*
+ * Write-behind: background writing of small sequential writes
+ *
+ * This work is licensed under the terms of the GNU GPL, version 2 or later.
+ * See the COPYING file in the top-level directory.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * A write is copied into a SeqCache and returns.  From there the data goes to
+ * the child in one of two ways.
+ *
+ * Workers are background coroutines that write while the users of the node do
+ * something else.  wb_accept() starts one as soon as there is a request worth
+ * writing: a full one, or any when half of the cache is waiting.  A worker
+ * takes the graph lock first and data from the cache after that, so whatever is
+ * in flight never waits for the graph lock.  Workers count as in-flight
+ * requests of the node; a drain waits for them, and they end when nothing is
+ * worth writing any more.  None is started while the node is drained.
+ *
+ * Waiters are callers that need room in the cache (wb_co_reserve()) or that
+ * need data to be on the child (wb_co_flush()).  They hold the graph lock
+ * already and must never wait for somebody who still wants it.  So they do not
+ * rely on workers: a waiter takes the next request from the cache and writes it
+ * itself, and waits only for what is in flight.
+ *
+ * Both decide with the same function, wb_next_request(), what to write next.
+ *
+ * When a write to the child fails, its data goes back into the cache and @error
+ * is set.  Workers stop then.  The first waiter to come writes one request
+ * again, the others wait for its result.  If it succeeds, everything goes on;
+ * if it fails, everybody who waited for it gets the error.
+ *
+ * Memory is counted in clusters, those in the cache and those reserved.  When
+ * nothing is in flight or reserved, and the cache is still too full, all it can
+ * hold is streams that are not finished; a waiter then ends the oldest, so there
+ * is always something to wait for.  While anything is reserved this is not
+ * necessary, because whoever holds a reservation does not wait for another.
+ */
+
+#include "qemu/osdep.h"
+
+#include "block/block_int.h"
+#include "block/coroutines.h"
+#include "block/write-behind.h"
+#include "qemu/seqcache.h"
+#include "qemu/units.h"
+#include "trace.h"
+
+/* Size of a request to the child, if the child and the cache allow it */
+#define WB_REQUEST_BYTES (1 * MiB)
+
+/* How many requests to the child can be in flight */
+#define WB_MAX_IN_FLIGHT 4
+
+/* A range that must stay readable, see wb_pin() */
+typedef struct WriteBehindPin {
+    int64_t offset;
+    int64_t bytes;
+    QLIST_ENTRY(WriteBehindPin) next;
+} WriteBehindPin;
+
+/* A coroutine that waits in wb_co_reserve() */
+typedef struct WriteBehindReserver {
+    QSIMPLEQ_ENTRY(WriteBehindReserver) next;
+} WriteBehindReserver;
+
+/* A part of a read request that is not cached */
+typedef struct WriteBehindGap {
+    int64_t start; /* from the start of the read request */
+    int64_t bytes;
+} WriteBehindGap;
+
+struct WriteBehind {
+    /* Constant */
+    BlockDriverState *bs;
+    uint64_t max_clusters;
+    int64_t cluster_size;
+    BlkdebugEvent event;
+
+    /* Protects everything below; never held over a yield */
+    QemuMutex lock;
+
+    SeqCache *cache;
+    QLIST_HEAD(, WriteBehindPin) pins;
+
+    /* Clusters that wb_co_reserve() promised and wb_accept() did not yet use */
+    uint64_t nb_reserved;
+
+    /* Coroutines in wb_co_reserve(); the first one is served first */
+    QSIMPLEQ_HEAD(, WriteBehindReserver) reservers;
+    /* Coroutines in wb_co_flush() */
+    unsigned nb_flushing;
+
+    /* Background coroutines, and whether one of them has yet to begin */
+    unsigned nb_workers;
+    bool worker_starting;
+    /* Requests that a worker or a waiter is writing to the child */
+    unsigned nb_in_flight;
+
+    /*
+     * Woken up whenever something changed that a waiter can wait for: a request
+     * is done, a reservation was used or given back, a range was unpinned, the
+     * first reserver has left.
+     */
+    CoQueue waiters;
+
+    /* Negative errno while the latest write to the child failed, else 0 */
+    int error;
+    /* Counts failures, so that a waiter notices one that came while it slept */
+    uint64_t nb_failures;
+
+    /* wb_free() was called, the last worker frees the structure */
+    bool freed;
+
+    /* The members that are not filled in by wb_get_stats() itself */
+    BlockStatsWriteBehind stats;
+};
+
+WriteBehind *wb_new(BlockDriverState *bs, const WriteBehindOptions *opts)
+{
+    WriteBehind *wb = g_new0(WriteBehind, 1);
+    SeqCacheOptions cache_opts = {
+        .cluster_size = opts->cluster_size,
+        .max_unfinished = opts->max_streams,
+        .pad = opts->pad,
+    };
+
+    wb->bs = bs;
+    wb->cluster_size = opts->cluster_size;
+    wb->max_clusters = opts->cache_size / opts->cluster_size;
+    wb->event = opts->event;
+    assert(wb->max_clusters >= 2);
+
+    qemu_mutex_init(&wb->lock);
+    qemu_co_queue_init(&wb->waiters);
+    QLIST_INIT(&wb->pins);
+    QSIMPLEQ_INIT(&wb->reservers);
+    wb->cache = seqcache_new(&cache_opts);
+
+    return wb;
+}
+
+static void wb_destroy(WriteBehind *wb)
+{
+    seqcache_free(wb->cache);
+    qemu_mutex_destroy(&wb->lock);
+    g_free(wb);
+}
+
+void wb_free(WriteBehind *wb)
+{
+    bool last;
+
+    if (!wb) {
+        return;
+    }
+
+    qemu_mutex_lock(&wb->lock);
+    assert(!wb->nb_in_flight && !wb->nb_flushing && !wb->nb_reserved);
+    assert(QSIMPLEQ_EMPTY(&wb->reservers) && QLIST_EMPTY(&wb->pins));
+    wb->freed = true;
+    last = !wb->nb_workers;
+    qemu_mutex_unlock(&wb->lock);
+
+    if (last) {
+        wb_destroy(wb);
+    }
+}
+
+int64_t wb_cache_size(const WriteBehind *wb)
+{
+    return wb->max_clusters * wb->cluster_size;
+}
+
+/*
+ * What a request should look like: the child's current limits, and no more than
+ * half of the cache, so that the other half can take writes meanwhile.
+ */
+static SeqCacheLimits GRAPH_RDLOCK
+wb_limits(BlockDriverState *bs, WriteBehind *wb)
+{
+    SeqCacheLimits limits = {
+        .align = 1,
+        .max_bytes = MIN(WB_REQUEST_BYTES, wb_cache_size(wb) / 2),
+        .max_iov = IOV_MAX,
+    };
+
+    if (bs->file) {
+        BlockLimits *bl = &bs->file->bs->bl;
+
+        limits.align = bl->request_alignment;
+        limits.max_bytes = MIN_NON_ZERO(limits.max_bytes, bl->max_transfer);
+        limits.max_iov = MIN_NON_ZERO(limits.max_iov, bl->max_iov);
+    }
+
+    /* In whole clusters, this is what can be reached */
+    limits.max_bytes = MIN(limits.max_bytes,
+                           limits.max_iov * wb->cluster_size);
+    limits.max_bytes = MAX(QEMU_ALIGN_DOWN(limits.max_bytes, wb->cluster_size),
+                           wb->cluster_size);
+    return limits;
+}
+
+/* Which data, if any, is worth being written now */
+typedef enum WriteBehindWork {
+    WB_WORK_NONE,
+    WB_WORK_FINISHED,   /* Finished clusters */
+    WB_WORK_ALL,        /* Also the streams, as far as they are to be flushed */
+} WriteBehindWork;
+
+/* Called with wb->lock held */
+static WriteBehindWork wb_work_locked(WriteBehind *wb,
+                                      const SeqCacheLimits *limits)
+{
+    SeqCacheStats stats;
+
+    if (wb->error) {
+        /* One attempt at a time */
+        return wb->nb_in_flight ? WB_WORK_NONE : WB_WORK_ALL;
+    }
+
+    if (wb->nb_in_flight >= WB_MAX_IN_FLIGHT) {
+        return WB_WORK_NONE;
+    }
+
+    if (wb->nb_flushing) {
+        return WB_WORK_ALL;
+    }
+
+    seqcache_get_stats(wb->cache, &stats);
+    if (!stats.bytes_finished) {
+        return WB_WORK_NONE;
+    }
+
+    if (stats.bytes_finished >= wb_cache_size(wb) / 2 ||
+        (!QSIMPLEQ_EMPTY(&wb->reservers) && !wb->nb_in_flight) ||
+        (stats.bytes_finished >= limits->max_bytes &&
+         seqcache_next_flush_bytes(wb->cache, limits) >= limits->max_bytes))
+    {
+        return WB_WORK_FINISHED;
+    }
+
+    return WB_WORK_NONE;
+}
+
+/*
+ * Take the next request that is worth writing now, if any.  The result must go
+ * to wb_co_write_locked().  Called with wb->lock held.
+ */
+static SeqCacheRequest * GRAPH_RDLOCK
+wb_next_request_locked(BlockDriverState *bs, WriteBehind *wb)
+{
+    SeqCacheLimits limits = wb_limits(bs, wb);
+    WriteBehindWork work = wb_work_locked(wb, &limits);
+
+    if (work == WB_WORK_NONE) {
+        return NULL;
+    }
+    return seqcache_get_next_flush(wb->cache, &limits, work == WB_WORK_ALL);
+}
+
+/*
+ * Write @req to the child.  Called with wb->lock held, which is released while
+ * the request is in flight.
+ */
+static void coroutine_fn GRAPH_RDLOCK
+wb_co_write_locked(BlockDriverState *bs, WriteBehind *wb, SeqCacheRequest *req)
+{
+    bool retry = wb->error;
+    bool partial = seqcache_continues(wb->cache, req->offset + req->bytes);
+    QEMUIOVector qiov;
+    int ret;
+
+    wb->nb_in_flight++;
+    qemu_mutex_unlock(&wb->lock);
+
+    trace_wb_issue(bs, req->offset, req->bytes, req->niov, partial);
+
+    if (bs->file) {
+        BLKDBG_CO_EVENT(bs->file, wb->event);
+        qemu_iovec_init_external(&qiov, req->iov, req->niov);
+        ret = bdrv_co_pwritev(bs->file, req->offset, req->bytes, &qiov, 0);
+    } else {
+        ret = -ENOMEDIUM;
+    }
+
+    qemu_mutex_lock(&wb->lock);
+    wb->nb_in_flight--;
+    wb->stats.issued_requests++;
+    wb->stats.partial_flushes += partial;
+    if (ret < 0) {
+        trace_wb_error(bs, req->offset, req->bytes, ret);
+        wb->error = ret;
+        wb->nb_failures++;
+        wb->stats.errors++;
+    } else {
+        trace_wb_complete(bs, req->offset, req->bytes);
+        wb->stats.issued_bytes += req->bytes;
+        if (retry) {
+            wb->error = 0;
+        }
+    }
+    seqcache_complete(wb->cache, req, ret >= 0);
+    qemu_co_queue_restart_all(&wb->waiters);
+}
+
+static void coroutine_fn wb_co_worker(void *opaque);
+
+/*
+ * Start a worker in the current AioContext if there is work for one.  Called
+ * with wb->lock held.
+ */
+static void coroutine_fn GRAPH_RDLOCK
+wb_start_worker_locked(BlockDriverState *bs, WriteBehind *wb)
+{
+    SeqCacheLimits limits = wb_limits(bs, wb);
+
+    if (wb->worker_starting || wb->nb_workers >= WB_MAX_IN_FLIGHT ||
+        wb->freed || wb->error || qatomic_read(&bs->quiesce_counter) ||
+        wb_work_locked(wb, &limits) == WB_WORK_NONE) {
+        return;
+    }
+
+    wb->worker_starting = true;
+    wb->nb_workers++;
+    bdrv_inc_in_flight(bs);
+    aio_co_enter(qemu_get_current_aio_context(),
+                 qemu_coroutine_create(wb_co_worker, wb));
+}
+
+static void coroutine_fn wb_co_worker(void *opaque)
+{
+    WriteBehind *wb = opaque;
+    BlockDriverState *bs = wb->bs;
+    SeqCacheRequest *req;
+    bool last;
+
+    bdrv_graph_co_rdlock();
+    qemu_mutex_lock(&wb->lock);
+    wb->worker_starting = false;
+
+    while (!wb->freed && !wb->error &&
+           (req = wb_next_request_locked(bs, wb)) != NULL) {
+        /* While this one is in flight, there may be work for another worker */
+        wb_start_worker_locked(bs, wb);
+        wb_co_write_locked(bs, wb, req);
+    }
+
+    wb->nb_workers--;
+    last = wb->freed && !wb->nb_workers;
+    qemu_mutex_unlock(&wb->lock);
+    bdrv_graph_co_rdunlock();
+
+    if (last) {
+        wb_destroy(wb);
+    }
+    bdrv_dec_in_flight(bs);
+}
+
+/*
+ * Come closer to what the caller waits for: write something, or wait until
+ * something that is in flight is done.  Called with wb->lock held, which is
+ * released meanwhile.
+ *
+ * Returns: false if there was nothing to write and nothing in flight.
+ */
+static bool coroutine_fn GRAPH_RDLOCK
+wb_co_step_locked(BlockDriverState *bs, WriteBehind *wb)
+{
+    SeqCacheRequest *req = wb_next_request_locked(bs, wb);
+
+    if (req) {
+        wb_co_write_locked(bs, wb, req);
+    } else if (wb->nb_in_flight) {
+        qemu_co_queue_wait(&wb->waiters, &wb->lock);
+    } else {
+        return false;
+    }
+    return true;
+}
+
+/*
+ * Returns: the error if a write failed since *@nb_failures was read, and none
+ * succeeded after that; else 0.  Called with wb->lock held.
+ */
+static int wb_new_error_locked(WriteBehind *wb, uint64_t *nb_failures)
+{
+    if (*nb_failures == wb->nb_failures) {
+        return 0;
+    }
+    *nb_failures = wb->nb_failures;
+    return wb->error;
+}
+
+/* Called with wb->lock held */
+static bool wb_has_room_locked(WriteBehind *wb, uint64_t nb_clusters)
+{
+    return seqcache_nb_clusters(wb->cache) + wb->nb_reserved + nb_clusters <=
+           wb->max_clusters;
+}
+
+int coroutine_fn wb_co_reserve(BlockDriverState *bs, WriteBehind *wb,
+                               uint64_t nb_clusters)
+{
+    WriteBehindReserver self;
+    uint64_t nb_failures;
+    int ret = 0;
+
+    if (nb_clusters > wb->max_clusters) {
+        return -EINVAL;
+    }
+
+    qemu_mutex_lock(&wb->lock);
+    nb_failures = wb->nb_failures;
+    QSIMPLEQ_INSERT_TAIL(&wb->reservers, &self, next);
+
+    while (QSIMPLEQ_FIRST(&wb->reservers) != &self || wb->error ||
+           !wb_has_room_locked(wb, nb_clusters)) {
+        ret = wb_new_error_locked(wb, &nb_failures);
+        if (ret < 0) {
+            break;
+        }
+        if (wb_co_step_locked(bs, wb)) {
+            continue;
+        }
+
+        if (QSIMPLEQ_FIRST(&wb->reservers) != &self) {
+            qemu_co_queue_wait(&wb->waiters, &wb->lock);
+        } else if (wb->error) {
+            /* What could not be written was discarded since */
+            wb->error = 0;
+        } else if (wb->nb_reserved) {
+            qemu_co_queue_wait(&wb->waiters, &wb->lock);
+        } else {
+            seqcache_finish_oldest(wb->cache);
+        }
+    }
+
+    if (ret == 0) {
+        wb->nb_reserved += nb_clusters;
+    }
+    QSIMPLEQ_REMOVE(&wb->reservers, &self, WriteBehindReserver, next);
+    qemu_co_queue_restart_all(&wb->waiters);
+    qemu_mutex_unlock(&wb->lock);
+
+    return ret;
+}
+
+void coroutine_fn wb_unreserve(WriteBehind *wb, uint64_t nb_clusters)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    assert(wb->nb_reserved >= nb_clusters);
+    wb->nb_reserved -= nb_clusters;
+    qemu_co_queue_restart_all(&wb->waiters);
+}
+
+bool wb_continues(WriteBehind *wb, int64_t offset)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    return seqcache_continues(wb->cache, offset);
+}
+
+bool coroutine_fn wb_accept(BlockDriverState *bs, WriteBehind *wb,
+                            uint64_t nb_clusters, int64_t offset,
+                            int64_t bytes, const void *buf)
+{
+    SeqCacheStats stats;
+    bool ok;
+
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    assert(wb->nb_reserved >= nb_clusters);
+    wb->nb_reserved -= nb_clusters;
+
+    ok = seqcache_can_write(wb->cache, offset, bytes);
+    trace_wb_accept(bs, offset, bytes, ok);
+    if (ok) {
+        seqcache_write(wb->cache, offset, bytes, buf);
+        seqcache_get_stats(wb->cache, &stats);
+        wb->stats.accepted_bytes += bytes;
+        wb->stats.accepted_requests++;
+        wb->stats.max_cached_bytes = MAX(wb->stats.max_cached_bytes,
+                                         stats.bytes_cached);
+        wb_start_worker_locked(bs, wb);
+    }
+    qemu_co_queue_restart_all(&wb->waiters);
+
+    return ok;
+}
+
+/* Called with wb->lock held */
+static void wb_read_cached_locked(WriteBehind *wb, int64_t offset,
+                                  int64_t bytes, QEMUIOVector *qiov,
+                                  size_t qiov_offset, GArray *gaps)
+{
+    struct iovec *iov = qiov->iov;
+    int64_t done = 0;
+
+    while (done < bytes) {
+        WriteBehindGap gap = { .start = done };
+        WriteBehindGap *last;
+        int64_t len;
+
+        if (qiov_offset >= iov->iov_len) {
+            qiov_offset -= iov->iov_len;
+            iov++;
+            continue;
+        }
+
+        len = MIN(iov->iov_len - qiov_offset, bytes - done);
+        gap.bytes = seqcache_gap(wb->cache, offset + done, len);
+        last = gaps->len ? &g_array_index(gaps, WriteBehindGap, gaps->len - 1)
+                         : NULL;
+        if (!gap.bytes) {
+            len = seqcache_read(wb->cache, offset + done, len,
+                                (uint8_t *)iov->iov_base + qiov_offset);
+        } else {
+            len = gap.bytes;
+            if (last && last->start + last->bytes == done) {
+                last->bytes += len;
+            } else {
+                g_array_append_val(gaps, gap);
+            }
+        }
+        done += len;
+        qiov_offset += len;
+    }
+}
+
+int coroutine_fn wb_co_preadv_part(BlockDriverState *bs, WriteBehind *wb,
+                                   int64_t offset, int64_t bytes,
+                                   QEMUIOVector *qiov, size_t qiov_offset,
+                                   BdrvRequestFlags flags)
+{
+    g_autoptr(GArray) gaps = g_array_new(false, false, sizeof(WriteBehindGap));
+    int64_t missing = 0;
+    int ret;
+
+    WITH_QEMU_LOCK_GUARD(&wb->lock) {
+        wb_read_cached_locked(wb, offset, bytes, qiov, qiov_offset, gaps);
+        for (guint i = 0; i < gaps->len; i++) {
+            missing += g_array_index(gaps, WriteBehindGap, i).bytes;
+        }
+        if (missing < bytes) {
+            wb->stats.read_hits++;
+            wb->stats.read_hit_bytes += bytes - missing;
+        }
+    }
+
+    if (gaps->len && !bs->file) {
+        return -ENOMEDIUM;
+    }
+
+    for (guint i = 0; i < gaps->len; i++) {
+        WriteBehindGap *gap = &g_array_index(gaps, WriteBehindGap, i);
+
+        ret = bdrv_co_preadv_part(bs->file, offset + gap->start, gap->bytes,
+                                  qiov, qiov_offset + gap->start, flags);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+
+    return 0;
+}
+
+void wb_pin(WriteBehind *wb, int64_t offset, int64_t bytes)
+{
+    WriteBehindPin *pin = g_new(WriteBehindPin, 1);
+
+    pin->offset = offset;
+    pin->bytes = bytes;
+
+    QEMU_LOCK_GUARD(&wb->lock);
+    QLIST_INSERT_HEAD(&wb->pins, pin, next);
+}
+
+void coroutine_fn wb_unpin(WriteBehind *wb, int64_t offset, int64_t bytes)
+{
+    WriteBehindPin *pin;
+
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    QLIST_FOREACH(pin, &wb->pins, next) {
+        if (pin->offset == offset && pin->bytes == bytes) {
+            break;
+        }
+    }
+    assert(pin);
+    QLIST_REMOVE(pin, next);
+    g_free(pin);
+    qemu_co_queue_restart_all(&wb->waiters);
+}
+
+/*
+ * Whether anything in the clusters that the range touches is pinned.  Called
+ * with wb->lock held.
+ */
+static bool wb_is_pinned_locked(WriteBehind *wb, int64_t offset, int64_t bytes)
+{
+    int64_t first = offset / wb->cluster_size;
+    int64_t last = (offset + bytes - 1) / wb->cluster_size;
+    WriteBehindPin *pin;
+
+    QLIST_FOREACH(pin, &wb->pins, next) {
+        if (pin->offset / wb->cluster_size <= last &&
+            (pin->offset + pin->bytes - 1) / wb->cluster_size >= first) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void wb_end_streams(WriteBehind *wb)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    if (!wb->nb_reserved) {
+        while (seqcache_finish_oldest(wb->cache)) {
+            /* The next one */
+        }
+    }
+}
+
+int coroutine_fn wb_co_flush(BlockDriverState *bs, WriteBehind *wb)
+{
+    uint64_t nb_failures, point;
+    int ret = 0;
+
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    nb_failures = wb->nb_failures;
+    point = seqcache_flush_point(wb->cache);
+    wb->nb_flushing++;
+    wb_start_worker_locked(bs, wb);
+
+    while (!seqcache_is_flushed(wb->cache, point)) {
+        ret = wb_new_error_locked(wb, &nb_failures);
+        if (ret < 0) {
+            break;
+        }
+        if (!wb_co_step_locked(bs, wb)) {
+            /* What is not flushed is in flight or can be handed out */
+            g_assert_not_reached();
+        }
+    }
+
+    wb->nb_flushing--;
+    return ret;
+}
+
+void coroutine_fn wb_co_discard(BlockDriverState *bs, WriteBehind *wb,
+                                int64_t offset, int64_t bytes)
+{
+    if (!bytes) {
+        return;
+    }
+
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    while (wb_is_pinned_locked(wb, offset, bytes) ||
+           seqcache_discard(wb->cache, offset, bytes)) {
+        trace_wb_discard_wait(bs, offset, bytes);
+        qemu_co_queue_wait(&wb->waiters, &wb->lock);
+    }
+    trace_wb_discard(bs, offset, bytes);
+    /* There may be room now */
+    qemu_co_queue_restart_all(&wb->waiters);
+}
+
+BlockStatsWriteBehind *wb_get_stats(WriteBehind *wb)
+{
+    BlockStatsWriteBehind *stats = g_new(BlockStatsWriteBehind, 1);
+    SeqCacheStats cache_stats;
+
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    seqcache_get_stats(wb->cache, &cache_stats);
+    *stats = wb->stats;
+    stats->cache_size = wb_cache_size(wb);
+    stats->cached_bytes = cache_stats.bytes_cached;
+
+    return stats;
+}

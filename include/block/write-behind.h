@@ -1,0 +1,249 @@
+/*
+ * Write-behind: background writing of small sequential writes
+ *
+ * This work is licensed under the terms of the GNU GPL, version 2 or later.
+ * See the COPYING file in the top-level directory.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * A WriteBehind belongs to a block node.  It takes small sequential writes
+ * into memory (see "qemu/seqcache.h") and writes them to the node's file child
+ * later, in large aligned requests.  block/write-behind.c explains how.
+ *
+ * Writing has two steps.  wb_co_reserve() reserves memory; it may wait and it
+ * may fail.  wb_accept() stores the data; it neither waits nor yields, so a
+ * caller can allocate the place where the data goes between the two, and make
+ * allocation and storing one atomic step.  What was accepted reads back through
+ * wb_co_preadv_part() at once.  It is on the child after the next wb_co_flush()
+ * that returns success (to be durable there, the child must then be flushed).
+ *
+ * A failed write of cached data loses nothing: the data stays cached, and the
+ * error is kept.  The next wb_co_flush() or wb_co_reserve() tries to write
+ * again and fails if that attempt fails.
+ *
+ * All functions are thread-safe unless they say something else.  They may be
+ * called from coroutines in any AioContext.  @bs is always the node that the
+ * WriteBehind was created for; its file child may change, or be absent, between
+ * calls.  Offsets and sizes are in bytes.
+ */
+
+#ifndef BLOCK_WRITE_BEHIND_H
+#define BLOCK_WRITE_BEHIND_H
+
+#include "block/block-common.h"
+#include "block/graph-lock.h"
+#include "qapi/qapi-types-block-core.h"
+
+typedef struct WriteBehind WriteBehind;
+
+/**
+ * WriteBehindOptions: how a WriteBehind is to behave; fixed for its life time
+ * @cache_size: upper bound for the memory that cached data takes; at least two
+ *              clusters.  Rounded down to whole clusters.
+ * @cluster_size: unit of caching, as in SeqCacheOptions.
+ * @max_streams: how many sequential streams are continued at a time, as
+ *               max_unfinished in SeqCacheOptions.
+ * @pad: whether the end of a stream may be padded with zeroes inside its
+ *       cluster, as in SeqCacheOptions.
+ * @event: the blkdebug event of each write to the child.
+ */
+typedef struct WriteBehindOptions {
+    int64_t cache_size;
+    int64_t cluster_size;
+    unsigned max_streams;
+    bool pad;
+    BlkdebugEvent event;
+} WriteBehindOptions;
+
+/**
+ * wb_new:
+ * @bs: the node to whose file child the data goes.
+ * @opts: how to behave; copied.  Values outside the ranges given at
+ *        WriteBehindOptions are the caller's bug.
+ *
+ * Create a WriteBehind without any data.
+ *
+ * Returns: the WriteBehind, to be freed with wb_free() before @bs is gone.
+ */
+WriteBehind *wb_new(BlockDriverState *bs, const WriteBehindOptions *opts);
+
+/**
+ * wb_free:
+ * @wb: the WriteBehind, or NULL, which does nothing.
+ *
+ * Free @wb.  Data that is still cached is lost: flush before, and report what
+ * could not be written.  No request may be using @wb and no write to the child
+ * may be in flight, as is the case after a drain.
+ */
+void wb_free(WriteBehind *wb);
+
+/**
+ * wb_cache_size:
+ * @wb: the WriteBehind.
+ *
+ * Returns: the memory that cached data can take at most.
+ */
+int64_t wb_cache_size(const WriteBehind *wb);
+
+/**
+ * wb_co_reserve:
+ * @bs: the node.
+ * @wb: the WriteBehind.
+ * @nb_clusters: how many clusters, beyond those that are being continued, the
+ *               write can take at most.
+ *
+ * Reserve memory for one write.  Waits for room, and writes out cached data to
+ * make some.  Every successful call must be followed by one call of either
+ * wb_accept() or wb_unreserve() with the same @nb_clusters; between the two the
+ * caller must not reserve again, but may call anything else.  As long as
+ * anything is reserved, no stream is ended to make room, so that what
+ * wb_continues() said stays true.
+ *
+ * Returns: 0 on success; -EINVAL if the cache is smaller than @nb_clusters; the
+ * negative errno of the failed write to the child if cached data cannot be
+ * written.  Nothing is reserved then.
+ */
+int coroutine_fn GRAPH_RDLOCK
+wb_co_reserve(BlockDriverState *bs, WriteBehind *wb, uint64_t nb_clusters);
+
+/**
+ * wb_unreserve:
+ * @wb: the WriteBehind.
+ * @nb_clusters: what was passed to wb_co_reserve().
+ *
+ * Give back what wb_co_reserve() reserved.
+ */
+void coroutine_fn wb_unreserve(WriteBehind *wb, uint64_t nb_clusters);
+
+/**
+ * wb_continues:
+ * @wb: the WriteBehind.
+ * @offset: where a write would start.
+ *
+ * Returns: whether a write that starts at @offset continues a stream.  The
+ * answer can only become false after wb_accept(), wb_end_streams(),
+ * wb_co_discard(), or while nothing is reserved.
+ */
+bool wb_continues(WriteBehind *wb, int64_t offset);
+
+/**
+ * wb_accept:
+ * @bs: the node.
+ * @wb: the WriteBehind.
+ * @nb_clusters: what was passed to wb_co_reserve(); used up by this call.
+ * @offset: where the data goes on the child.
+ * @bytes: size of the data.
+ * @buf: the data, which is copied.
+ *
+ * Store a write.  It must continue a stream, or start in a cluster of which
+ * nothing is cached, and reach no other cached cluster.  Does not yield.
+ *
+ * Returns: true if the data is stored; false if the write is not of this kind.
+ * The cache is unchanged then.
+ */
+bool coroutine_fn GRAPH_RDLOCK
+wb_accept(BlockDriverState *bs, WriteBehind *wb, uint64_t nb_clusters,
+          int64_t offset, int64_t bytes, const void *buf);
+
+/**
+ * wb_co_preadv_part:
+ * @bs: the node.
+ * @wb: the WriteBehind.
+ * @offset: where to read on the child.
+ * @bytes: how much to read.
+ * @qiov: filled with the data.
+ * @qiov_offset: where in @qiov to begin.
+ * @flags: for the requests to the child.
+ *
+ * Read cached data from the cache and everything else from the child.  All that
+ * is cached when this is called is copied before the child is read.  A caller
+ * who yielded since it looked @offset up must have pinned the range.
+ *
+ * Returns: 0 on success, else the negative errno of a read of the child.
+ */
+int coroutine_fn GRAPH_RDLOCK
+wb_co_preadv_part(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
+                  int64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
+                  BdrvRequestFlags flags);
+
+/**
+ * wb_pin:
+ * @wb: the WriteBehind.
+ * @offset: start of a range.
+ * @bytes: size of the range.
+ *
+ * Make wb_co_discard() of any part of the range wait until wb_unpin(), so that
+ * its data can be read after the lock that protects the mapping was released.
+ * The same range can be pinned several times.
+ */
+void wb_pin(WriteBehind *wb, int64_t offset, int64_t bytes);
+
+/**
+ * wb_unpin:
+ * @wb: the WriteBehind.
+ * @offset: what was passed to wb_pin().
+ * @bytes: what was passed to wb_pin().
+ *
+ * End one wb_pin() of the same range.
+ */
+void coroutine_fn wb_unpin(WriteBehind *wb, int64_t offset, int64_t bytes);
+
+/**
+ * wb_end_streams:
+ * @wb: the WriteBehind.
+ *
+ * Say that no stream will be continued, so that the next flush can write them
+ * out with aligned ends (if padding is allowed) and release their memory.  Does
+ * nothing while anything is reserved.
+ */
+void wb_end_streams(WriteBehind *wb);
+
+/**
+ * wb_co_flush, wb_flush:
+ * @bs: the node.
+ * @wb: the WriteBehind.
+ *
+ * Write everything to the child that was cached when this was called.  Ends
+ * also under a stream of further writes.  Does not flush the child.
+ *
+ * wb_flush() can be called outside of coroutines as well.
+ *
+ * Returns: 0 if all of that data is on the child; else the negative errno of a
+ * failed write, after the first failure.  The data stays cached.
+ */
+int coroutine_fn GRAPH_RDLOCK
+wb_co_flush(BlockDriverState *bs, WriteBehind *wb);
+int co_wrapper_mixed_bdrv_rdlock
+wb_flush(BlockDriverState *bs, WriteBehind *wb);
+
+/**
+ * wb_co_discard, wb_discard:
+ * @bs: the node.
+ * @wb: the WriteBehind.
+ * @offset: start of the range.
+ * @bytes: size of the range.
+ *
+ * Drop all cached data of the clusters that the range touches, and wait until
+ * no write to any of them is in flight and none of them is pinned.  On return,
+ * somebody else may write there, as long as the caller prevents new writes to
+ * the range from being accepted.
+ *
+ * wb_discard() can be called outside of coroutines as well.
+ */
+void coroutine_fn GRAPH_RDLOCK
+wb_co_discard(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
+              int64_t bytes);
+void co_wrapper_mixed_bdrv_rdlock
+wb_discard(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
+           int64_t bytes);
+
+/**
+ * wb_get_stats:
+ * @wb: the WriteBehind.
+ *
+ * Returns: its statistics, to be freed with qapi_free_BlockStatsWriteBehind().
+ * The QAPI schema describes them.
+ */
+BlockStatsWriteBehind *wb_get_stats(WriteBehind *wb);
+
+#endif /* BLOCK_WRITE_BEHIND_H */
