@@ -1,0 +1,192 @@
+/*
+ * qcow2: cache for compressed clusters
+ *
+ * This work is licensed under the terms of the GNU GPL, version 2 or later.
+ * See the COPYING file in the top-level directory.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Compressed clusters are allocated back to back, so there is one stream, whose
+ * end is s->free_byte_offset.  A stream that was ended for any reason may have
+ * been padded; the allocator must then not put anything else into the rest of
+ * its last cluster.  That is why a write that does not continue the stream
+ * always begins a new host cluster, and why one cluster is enough to reserve.
+ *
+ * What holds elsewhere in qcow2:
+ * - No L2 table is written to the file before the data that it points to
+ *   (qcow2_cache_entry_flush()).
+ * - A host cluster whose refcount becomes 0 has nothing cached or in flight
+ *   (update_refcount()), so it can be allocated again.
+ */
+
+#include "qemu/osdep.h"
+
+#include "qapi/error.h"
+#include "qemu/cutils.h"
+#include "qemu/option.h"
+#include "qemu/units.h"
+#include "qcow2.h"
+#include "qcow2-write-behind.h"
+
+#define DEFAULT_COMPRESSED_CACHE_SIZE (16 * MiB)
+#define MAX_COMPRESSED_CACHE_SIZE (1 * GiB)
+
+bool qcow2_compressed_cache_size(BlockDriverState *bs, QemuOpts *opts,
+                                 int64_t *size, Error **errp)
+{
+    BDRVQcow2State *s = bs->opaque;
+    const char *str = qemu_opt_get(opts, QCOW2_OPT_COMPRESSED_CACHE_SIZE);
+    int64_t min = 2 * (int64_t)s->cluster_size;
+    uint64_t value;
+
+    *size = QCOW2_COMPRESSED_CACHE_SIZE_AUTO;
+    if (!str) {
+        return true;
+    }
+
+    if (qemu_strtosz(str, NULL, &value) < 0 ||
+        (value != 0 && (value < min || value > MAX_COMPRESSED_CACHE_SIZE)))
+    {
+        error_setg(errp, "Invalid value '%s' for option '"
+                   QCOW2_OPT_COMPRESSED_CACHE_SIZE "': expected 0 to turn the "
+                   "cache off, or a size from %" PRId64 " (two clusters) to "
+                   "%" PRId64, str, min, (int64_t)MAX_COMPRESSED_CACHE_SIZE);
+        return false;
+    }
+
+    if (value && (s->incompatible_features & QCOW2_INCOMPAT_DATA_FILE)) {
+        error_setg(errp, "Invalid value '%s' for option '"
+                   QCOW2_OPT_COMPRESSED_CACHE_SIZE "': expected 0, because an "
+                   "image with an external data file has no compressed "
+                   "clusters", str);
+        return false;
+    }
+
+    *size = value;
+    return true;
+}
+
+/* Whether the host expects aligned writes and no page cache collects them */
+static bool GRAPH_RDLOCK qcow2_unaligned_writes_are_slow(BlockDriverState *bs)
+{
+    BlockDriverState *proto = bs->file->bs;
+    BlockDriverState *next;
+
+    while ((next = bdrv_primary_bs(proto)) != NULL) {
+        proto = next;
+    }
+
+    return proto->bl.request_alignment > 1 ||
+           (proto->open_flags & BDRV_O_NOCACHE);
+}
+
+void qcow2_update_write_behind(BlockDriverState *bs, int flags)
+{
+    BDRVQcow2State *s = bs->opaque;
+    WriteBehindOptions opts = {
+        .cache_size = s->compressed_cache_size,
+        .cluster_size = s->cluster_size,
+        .max_streams = 1,
+        .pad = true,
+        .event = BLKDBG_WRITE_COMPRESSED,
+    };
+
+    if (!(flags & BDRV_O_RDWR) ||
+        (s->incompatible_features & QCOW2_INCOMPAT_DATA_FILE)) {
+        opts.cache_size = 0;
+    } else if (opts.cache_size == QCOW2_COMPRESSED_CACHE_SIZE_AUTO) {
+        opts.cache_size = qcow2_unaligned_writes_are_slow(bs) ?
+                          DEFAULT_COMPRESSED_CACHE_SIZE : 0;
+    }
+
+    wb_free(s->write_behind);
+    s->write_behind = opts.cache_size ? wb_new(bs, &opts) : NULL;
+}
+
+int coroutine_fn
+qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
+                          const void *buf, int bytes)
+{
+    BDRVQcow2State *s = bs->opaque;
+    WriteBehind *wb = s->write_behind;
+    uint64_t host_offset;
+    int ret;
+
+    ret = wb_co_reserve(bs, wb, 1);
+    if (ret < 0) {
+        return ret;
+    }
+
+    QEMU_LOCK_GUARD(&s->lock);
+
+    if (s->free_byte_offset && !wb_continues(wb, s->free_byte_offset)) {
+        s->free_byte_offset = 0;
+    }
+
+    ret = qcow2_alloc_compressed_cluster_offset(bs, offset, bytes,
+                                                &host_offset);
+    if (ret >= 0) {
+        ret = qcow2_pre_write_overlap_check(bs, 0, host_offset, bytes, true);
+    }
+    if (ret < 0) {
+        wb_unreserve(wb, 1);
+        return ret;
+    }
+
+    if (!wb_accept(bs, wb, 1, host_offset, bytes, buf)) {
+        /* Only corrupt refcounts can make the allocator return this cluster */
+        qcow2_signal_corruption(bs, true, host_offset, bytes, "Preventing "
+                                "invalid write of compressed data to a cluster "
+                                "in use");
+        return -EIO;
+    }
+
+    return 0;
+}
+
+void qcow2_pin_compressed(BlockDriverState *bs, uint64_t l2_entry)
+{
+    BDRVQcow2State *s = bs->opaque;
+    uint64_t coffset;
+    int csize;
+
+    if (s->write_behind) {
+        qcow2_parse_compressed_l2_entry(bs, l2_entry, &coffset, &csize);
+        wb_pin(s->write_behind, coffset, csize);
+    }
+}
+
+int coroutine_fn
+qcow2_co_read_compressed(BlockDriverState *bs, uint64_t coffset, int csize,
+                         void *buf)
+{
+    BDRVQcow2State *s = bs->opaque;
+    QEMUIOVector qiov = QEMU_IOVEC_INIT_BUF(qiov, buf, csize);
+    int ret = 0;
+
+    if (!s->write_behind) {
+        return buf ? bdrv_co_pread(bs->file, coffset, csize, buf, 0) : 0;
+    }
+
+    if (buf) {
+        ret = wb_co_preadv_part(bs, s->write_behind, coffset, csize, &qiov, 0,
+                                0);
+    }
+    wb_unpin(s->write_behind, coffset, csize);
+    return ret;
+}
+
+BlockStatsSpecific *qcow2_get_specific_stats(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = bs->opaque;
+    BlockStatsSpecific *stats;
+
+    if (!s->write_behind) {
+        return NULL;
+    }
+
+    stats = g_new0(BlockStatsSpecific, 1);
+    stats->driver = BLOCKDEV_DRIVER_QCOW2;
+    stats->u.qcow2.compressed_cache = wb_get_stats(s->write_behind);
+    return stats;
+}

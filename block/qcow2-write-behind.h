@@ -1,0 +1,93 @@
+/*
+ * qcow2: cache for compressed clusters
+ *
+ * This work is licensed under the terms of the GNU GPL, version 2 or later.
+ * See the COPYING file in the top-level directory.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * The glue between qcow2 and the write-behind engine.  All functions take a
+ * qcow2 node; where the node has no cache for compressed clusters, they do what
+ * qcow2 does without one.
+ */
+
+#ifndef BLOCK_QCOW2_WRITE_BEHIND_H
+#define BLOCK_QCOW2_WRITE_BEHIND_H
+
+#include "block/write-behind.h"
+
+/* The value of the option compressed-cache-size while it is not given */
+#define QCOW2_COMPRESSED_CACHE_SIZE_AUTO (-1)
+
+/**
+ * qcow2_compressed_cache_size:
+ * @bs: the node; its header has been read.
+ * @opts: its runtime options.
+ * @size: set to the value of the option compressed-cache-size in bytes, or to
+ *        QCOW2_COMPRESSED_CACHE_SIZE_AUTO if it is not given.
+ * @errp: set if the value is not acceptable for this image.
+ *
+ * Returns: true on success.
+ */
+bool qcow2_compressed_cache_size(BlockDriverState *bs, QemuOpts *opts,
+                                 int64_t *size, Error **errp);
+
+/**
+ * qcow2_update_write_behind:
+ * @bs: the node; nobody is using it, and everything was flushed.
+ * @flags: the flags that it is being (re)opened with (BDRV_O_*).
+ *
+ * Create, replace or remove the cache, so that it is as the node's options, the
+ * flags and the file child say.
+ */
+void GRAPH_RDLOCK qcow2_update_write_behind(BlockDriverState *bs, int flags);
+
+/**
+ * qcow2_co_write_compressed:
+ * @bs: the node; s->lock is not held, and the node has a cache.
+ * @offset: guest offset of the cluster.
+ * @buf: compressed data; copied.
+ * @bytes: size of the compressed data.
+ *
+ * Allocate space for a compressed cluster and accept its data.  Either both
+ * happen, or neither.
+ *
+ * Returns: 0 on success, -errno on failure.
+ */
+int coroutine_fn GRAPH_RDLOCK
+qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
+                          const void *buf, int bytes);
+
+/**
+ * qcow2_pin_compressed:
+ * @bs: the node; s->lock is held since @l2_entry was looked up.
+ * @l2_entry: entry of a compressed cluster.
+ *
+ * Make sure that qcow2_co_read_compressed() can read this cluster after s->lock
+ * was released, even if it is freed meanwhile.
+ */
+void qcow2_pin_compressed(BlockDriverState *bs, uint64_t l2_entry);
+
+/**
+ * qcow2_co_read_compressed:
+ * @bs: the node.
+ * @coffset: host offset of the compressed data, from an L2 entry that was
+ *           passed to qcow2_pin_compressed().
+ * @csize: size of the compressed data, from the same entry.
+ * @buf: filled with the data; NULL to only undo the pinning.
+ *
+ * Returns: 0 on success, -errno on failure.
+ */
+int coroutine_fn GRAPH_RDLOCK
+qcow2_co_read_compressed(BlockDriverState *bs, uint64_t coffset, int csize,
+                         void *buf);
+
+/**
+ * qcow2_get_specific_stats:
+ * @bs: the node.
+ *
+ * Returns: the node's driver-specific statistics; NULL if it has no cache.
+ */
+BlockStatsSpecific *qcow2_get_specific_stats(BlockDriverState *bs);
+
+#endif /* BLOCK_QCOW2_WRITE_BEHIND_H */
