@@ -66,7 +66,8 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
  * Make sure that qcow2_co_read_compressed() can read this cluster after s->lock
  * was released, even if it is freed meanwhile.
  */
-void qcow2_pin_compressed(BlockDriverState *bs, uint64_t l2_entry);
+void GRAPH_RDLOCK
+qcow2_pin_compressed(BlockDriverState *bs, uint64_t l2_entry);
 
 /**
  * qcow2_co_read_compressed:

@@ -32,9 +32,9 @@
  *
  * Memory is counted in clusters, those in the cache and those reserved.  When
  * nothing is in flight or reserved, and the cache is still too full, all it can
- * hold is streams that are not finished; a waiter then ends the oldest, so there
- * is always something to wait for.  While anything is reserved this is not
- * necessary, because whoever holds a reservation does not wait for another.
+ * hold is streams that are not finished; a waiter then ends the oldest, so that
+ * there is always something to wait for.  While anything is reserved this is
+ * not necessary, because whoever holds a reservation does not wait for another.
  */
 
 #include "qemu/osdep.h"
@@ -499,8 +499,9 @@ static void wb_read_cached_locked(WriteBehind *wb, int64_t offset,
     int64_t done = 0;
 
     while (done < bytes) {
+        WriteBehindGap *last = gaps->len ?
+            &g_array_index(gaps, WriteBehindGap, gaps->len - 1) : NULL;
         WriteBehindGap gap = { .start = done };
-        WriteBehindGap *last;
         int64_t len;
 
         if (qiov_offset >= iov->iov_len) {
@@ -511,18 +512,15 @@ static void wb_read_cached_locked(WriteBehind *wb, int64_t offset,
 
         len = MIN(iov->iov_len - qiov_offset, bytes - done);
         gap.bytes = seqcache_gap(wb->cache, offset + done, len);
-        last = gaps->len ? &g_array_index(gaps, WriteBehindGap, gaps->len - 1)
-                         : NULL;
         if (!gap.bytes) {
             len = seqcache_read(wb->cache, offset + done, len,
                                 (uint8_t *)iov->iov_base + qiov_offset);
-        } else {
+        } else if (last && last->start + last->bytes == done) {
+            last->bytes += gap.bytes;
             len = gap.bytes;
-            if (last && last->start + last->bytes == done) {
-                last->bytes += len;
-            } else {
-                g_array_append_val(gaps, gap);
-            }
+        } else {
+            g_array_append_val(gaps, gap);
+            len = gap.bytes;
         }
         done += len;
         qiov_offset += len;
