@@ -105,10 +105,11 @@ void qcow2_update_write_behind(BlockDriverState *bs, int flags)
 
 int coroutine_fn
 qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
-                          const void *buf, int bytes)
+                          const void *buf, int bytes, GArray *allocs)
 {
     BDRVQcow2State *s = bs->opaque;
     WriteBehind *wb = s->write_behind;
+    Qcow2CompressedAlloc alloc;
     uint64_t host_offset;
     int ret;
 
@@ -124,8 +125,9 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
     }
 
     ret = qcow2_alloc_compressed_cluster_offset(bs, offset, bytes,
-                                                &host_offset);
+                                                &host_offset, &alloc);
     if (ret >= 0) {
+        g_array_append_val(allocs, alloc);
         ret = qcow2_pre_write_overlap_check(bs, 0, host_offset, bytes, true);
     }
     if (ret < 0) {

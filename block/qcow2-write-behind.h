@@ -48,15 +48,16 @@ void GRAPH_RDLOCK qcow2_update_write_behind(BlockDriverState *bs, int flags);
  * @offset: guest offset of the cluster.
  * @buf: compressed data; copied.
  * @bytes: size of the compressed data.
+ * @allocs: array of Qcow2CompressedAlloc; what is allocated is appended.
  *
- * Allocate space for a compressed cluster and accept its data.  Either both
- * happen, or neither.
+ * Allocate space for a compressed cluster and accept its data.  On failure, the
+ * caller undoes everything in @allocs.
  *
  * Returns: 0 on success, -errno on failure.
  */
 int coroutine_fn GRAPH_RDLOCK
 qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
-                          const void *buf, int bytes);
+                          const void *buf, int bytes, GArray *allocs);
 
 /**
  * qcow2_pin_compressed:
