@@ -146,35 +146,35 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
     return 0;
 }
 
-void qcow2_pin_compressed(BlockDriverState *bs, uint64_t l2_entry)
-{
-    BDRVQcow2State *s = bs->opaque;
-    uint64_t coffset;
-    int csize;
-
-    if (s->write_behind) {
-        qcow2_parse_compressed_l2_entry(bs, l2_entry, &coffset, &csize);
-        wb_pin(s->write_behind, coffset, csize);
-    }
-}
-
 int coroutine_fn
-qcow2_co_read_compressed(BlockDriverState *bs, uint64_t coffset, int csize,
-                         void *buf)
+qcow2_co_read_cached(BlockDriverState *bs, uint64_t l2_entry, uint8_t **buf)
 {
     BDRVQcow2State *s = bs->opaque;
-    QEMUIOVector qiov = QEMU_IOVEC_INIT_BUF(qiov, buf, csize);
-    int ret = 0;
+    QEMUIOVector qiov;
+    uint64_t coffset;
+    int csize, ret;
 
+    *buf = NULL;
     if (!s->write_behind) {
-        return buf ? bdrv_co_pread(bs->file, coffset, csize, buf, 0) : 0;
+        return 0;
     }
 
-    if (buf) {
-        ret = wb_co_preadv_part(bs, s->write_behind, coffset, csize, &qiov, 0,
-                                0);
+    qcow2_parse_compressed_l2_entry(bs, l2_entry, &coffset, &csize);
+    if (!wb_is_cached(s->write_behind, coffset, csize)) {
+        return 0;
     }
-    wb_unpin(s->write_behind, coffset, csize);
+
+    *buf = g_try_malloc(csize);
+    if (!*buf) {
+        return -ENOMEM;
+    }
+
+    qemu_iovec_init_buf(&qiov, *buf, csize);
+    ret = wb_co_preadv_part(bs, s->write_behind, coffset, csize, &qiov, 0, 0);
+    if (ret < 0) {
+        g_free(*buf);
+        *buf = NULL;
+    }
     return ret;
 }
 

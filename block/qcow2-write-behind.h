@@ -60,29 +60,19 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
                           const void *buf, int bytes, GArray *allocs);
 
 /**
- * qcow2_pin_compressed:
+ * qcow2_co_read_cached:
  * @bs: the node; s->lock is held since @l2_entry was looked up.
  * @l2_entry: entry of a compressed cluster.
+ * @buf: set to the whole compressed data of the cluster if any of it is in the
+ *       cache, to be freed with g_free(); else to NULL.
  *
- * Make sure that qcow2_co_read_compressed() can read this cluster after s->lock
- * was released, even if it is freed meanwhile.
- */
-void GRAPH_RDLOCK
-qcow2_pin_compressed(BlockDriverState *bs, uint64_t l2_entry);
-
-/**
- * qcow2_co_read_compressed:
- * @bs: the node.
- * @coffset: host offset of the compressed data, from an L2 entry that was
- *           passed to qcow2_pin_compressed().
- * @csize: size of the compressed data, from the same entry.
- * @buf: filled with the data; NULL to only undo the pinning.
+ * Read compressed data that must be read before s->lock is released, because
+ * the cache drops it when the cluster is freed.
  *
  * Returns: 0 on success, -errno on failure.
  */
 int coroutine_fn GRAPH_RDLOCK
-qcow2_co_read_compressed(BlockDriverState *bs, uint64_t coffset, int csize,
-                         void *buf);
+qcow2_co_read_cached(BlockDriverState *bs, uint64_t l2_entry, uint8_t **buf);
 
 /**
  * qcow2_get_specific_stats:

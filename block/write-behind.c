@@ -52,13 +52,6 @@
 /* How many requests to the child can be in flight */
 #define WB_MAX_IN_FLIGHT 4
 
-/* A range that must stay readable, see wb_pin() */
-typedef struct WriteBehindPin {
-    int64_t offset;
-    int64_t bytes;
-    QLIST_ENTRY(WriteBehindPin) next;
-} WriteBehindPin;
-
 /* A coroutine that waits in wb_co_reserve() */
 typedef struct WriteBehindReserver {
     QSIMPLEQ_ENTRY(WriteBehindReserver) next;
@@ -75,13 +68,13 @@ struct WriteBehind {
     BlockDriverState *bs;
     uint64_t max_clusters;
     int64_t cluster_size;
+    bool pad;
     BlkdebugEvent event;
 
     /* Protects everything below; never held over a yield */
     QemuMutex lock;
 
     SeqCache *cache;
-    QLIST_HEAD(, WriteBehindPin) pins;
 
     /* Clusters that wb_co_reserve() promised and wb_accept() did not yet use */
     uint64_t nb_reserved;
@@ -99,7 +92,7 @@ struct WriteBehind {
 
     /*
      * Woken up whenever something changed that a waiter can wait for: a request
-     * is done, a reservation was used or given back, a range was unpinned, the
+     * is done, a reservation was used or given back, data was discarded, the
      * first reserver has left.
      */
     CoQueue waiters;
@@ -128,12 +121,12 @@ WriteBehind *wb_new(BlockDriverState *bs, const WriteBehindOptions *opts)
     wb->bs = bs;
     wb->cluster_size = opts->cluster_size;
     wb->max_clusters = opts->cache_size / opts->cluster_size;
+    wb->pad = opts->pad;
     wb->event = opts->event;
     assert(wb->max_clusters >= 2);
 
     qemu_mutex_init(&wb->lock);
     qemu_co_queue_init(&wb->waiters);
-    QLIST_INIT(&wb->pins);
     QSIMPLEQ_INIT(&wb->reservers);
     wb->cache = seqcache_new(&cache_opts);
 
@@ -157,7 +150,7 @@ void wb_free(WriteBehind *wb)
 
     qemu_mutex_lock(&wb->lock);
     assert(!wb->nb_in_flight && !wb->nb_flushing && !wb->nb_reserved);
-    assert(QSIMPLEQ_EMPTY(&wb->reservers) && QLIST_EMPTY(&wb->pins));
+    assert(QSIMPLEQ_EMPTY(&wb->reservers));
     wb->freed = true;
     last = !wb->nb_workers;
     qemu_mutex_unlock(&wb->lock);
@@ -266,10 +259,15 @@ wb_next_request_locked(BlockDriverState *bs, WriteBehind *wb)
 static void coroutine_fn GRAPH_RDLOCK
 wb_co_write_locked(BlockDriverState *bs, WriteBehind *wb, SeqCacheRequest *req)
 {
+    int64_t end = req->offset + req->bytes;
     bool retry = wb->error;
-    bool partial = seqcache_continues(wb->cache, req->offset + req->bytes);
+    bool partial;
     QEMUIOVector qiov;
     int ret;
+
+    /* Inside a cluster, and its run ends there or went on since the flush */
+    partial = seqcache_continues(wb->cache, end) ||
+              (end % wb->cluster_size && !seqcache_gap(wb->cache, end, 1));
 
     wb->nb_in_flight++;
     qemu_mutex_unlock(&wb->lock);
@@ -490,19 +488,23 @@ bool coroutine_fn wb_accept(BlockDriverState *bs, WriteBehind *wb,
     return ok;
 }
 
-/* Called with wb->lock held */
+/*
+ * Read what is cached, append the rest to @gaps.  Called with wb->lock held.
+ */
 static void wb_read_cached_locked(WriteBehind *wb, int64_t offset,
                                   int64_t bytes, QEMUIOVector *qiov,
                                   size_t qiov_offset, GArray *gaps)
 {
     struct iovec *iov = qiov->iov;
+    int64_t cached_end = -1; /* of the last bytes found, as an offset */
     int64_t done = 0;
 
     while (done < bytes) {
         WriteBehindGap *last = gaps->len ?
             &g_array_index(gaps, WriteBehindGap, gaps->len - 1) : NULL;
         WriteBehindGap gap = { .start = done };
-        int64_t len;
+        uint8_t *buf;
+        int64_t len, rest;
 
         if (qiov_offset >= iov->iov_len) {
             qiov_offset -= iov->iov_len;
@@ -510,11 +512,18 @@ static void wb_read_cached_locked(WriteBehind *wb, int64_t offset,
             continue;
         }
 
+        buf = (uint8_t *)iov->iov_base + qiov_offset;
         len = MIN(iov->iov_len - qiov_offset, bytes - done);
         gap.bytes = seqcache_gap(wb->cache, offset + done, len);
+        rest = (offset + done) % wb->cluster_size;
         if (!gap.bytes) {
-            len = seqcache_read(wb->cache, offset + done, len,
-                                (uint8_t *)iov->iov_base + qiov_offset);
+            len = seqcache_read(wb->cache, offset + done, len, buf);
+            cached_end = offset + done + len;
+        } else if (wb->pad && cached_end == offset + done && rest) {
+            /* Nobody stores anything between a stream and its cluster's end */
+            len = MIN(gap.bytes, wb->cluster_size - rest);
+            memset(buf, 0, len);
+            cached_end += len;
         } else if (last && last->start + last->bytes == done) {
             last->bytes += gap.bytes;
             len = gap.bytes;
@@ -564,51 +573,11 @@ int coroutine_fn wb_co_preadv_part(BlockDriverState *bs, WriteBehind *wb,
     return 0;
 }
 
-void wb_pin(WriteBehind *wb, int64_t offset, int64_t bytes)
+bool wb_is_cached(WriteBehind *wb, int64_t offset, int64_t bytes)
 {
-    WriteBehindPin *pin = g_new(WriteBehindPin, 1);
-
-    pin->offset = offset;
-    pin->bytes = bytes;
-
-    QEMU_LOCK_GUARD(&wb->lock);
-    QLIST_INSERT_HEAD(&wb->pins, pin, next);
-}
-
-void coroutine_fn wb_unpin(WriteBehind *wb, int64_t offset, int64_t bytes)
-{
-    WriteBehindPin *pin;
-
     QEMU_LOCK_GUARD(&wb->lock);
 
-    QLIST_FOREACH(pin, &wb->pins, next) {
-        if (pin->offset == offset && pin->bytes == bytes) {
-            break;
-        }
-    }
-    assert(pin);
-    QLIST_REMOVE(pin, next);
-    g_free(pin);
-    qemu_co_queue_restart_all(&wb->waiters);
-}
-
-/*
- * Whether anything in the clusters that the range touches is pinned.  Called
- * with wb->lock held.
- */
-static bool wb_is_pinned_locked(WriteBehind *wb, int64_t offset, int64_t bytes)
-{
-    int64_t first = offset / wb->cluster_size;
-    int64_t last = (offset + bytes - 1) / wb->cluster_size;
-    WriteBehindPin *pin;
-
-    QLIST_FOREACH(pin, &wb->pins, next) {
-        if (pin->offset / wb->cluster_size <= last &&
-            (pin->offset + pin->bytes - 1) / wb->cluster_size >= first) {
-            return true;
-        }
-    }
-    return false;
+    return seqcache_gap(wb->cache, offset, bytes) < bytes;
 }
 
 void wb_end_streams(WriteBehind *wb)
@@ -658,8 +627,7 @@ void coroutine_fn wb_co_discard(BlockDriverState *bs, WriteBehind *wb,
 
     QEMU_LOCK_GUARD(&wb->lock);
 
-    while (wb_is_pinned_locked(wb, offset, bytes) ||
-           seqcache_discard(wb->cache, offset, bytes)) {
+    while (seqcache_discard(wb->cache, offset, bytes)) {
         trace_wb_discard_wait(bs, offset, bytes);
         qemu_co_queue_wait(&wb->waiters, &wb->lock);
     }

@@ -156,8 +156,9 @@ wb_accept(BlockDriverState *bs, WriteBehind *wb, uint64_t nb_clusters,
  * @flags: for the requests to the child.
  *
  * Read cached data from the cache and everything else from the child.  All that
- * is cached when this is called is copied before the child is read.  A caller
- * who yielded since it looked @offset up must have pinned the range.
+ * is cached when this is called is copied before the child is read.  If padding
+ * is allowed, bytes between the end of a stream and the end of its cluster are
+ * not read from the child, they are zero.
  *
  * Returns: 0 on success, else the negative errno of a read of the child.
  */
@@ -167,26 +168,16 @@ wb_co_preadv_part(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
                   BdrvRequestFlags flags);
 
 /**
- * wb_pin:
+ * wb_is_cached:
  * @wb: the WriteBehind.
  * @offset: start of a range.
  * @bytes: size of the range.
  *
- * Make wb_co_discard() of any part of the range wait until wb_unpin(), so that
- * its data can be read after the lock that protects the mapping was released.
- * The same range can be pinned several times.
+ * Returns: whether any byte of the range is cached.  The answer can become
+ * false at any time, but only because the data was written to the child, as long
+ * as the caller prevents the range from being discarded.
  */
-void wb_pin(WriteBehind *wb, int64_t offset, int64_t bytes);
-
-/**
- * wb_unpin:
- * @wb: the WriteBehind.
- * @offset: what was passed to wb_pin().
- * @bytes: what was passed to wb_pin().
- *
- * End one wb_pin() of the same range.
- */
-void coroutine_fn wb_unpin(WriteBehind *wb, int64_t offset, int64_t bytes);
+bool wb_is_cached(WriteBehind *wb, int64_t offset, int64_t bytes);
 
 /**
  * wb_end_streams:
@@ -224,9 +215,9 @@ wb_flush(BlockDriverState *bs, WriteBehind *wb);
  * @bytes: size of the range.
  *
  * Drop all cached data of the clusters that the range touches, and wait until
- * no write to any of them is in flight and none of them is pinned.  On return,
- * somebody else may write there, as long as the caller prevents new writes to
- * the range from being accepted.
+ * no write to any of them is in flight.  On return, somebody else may write
+ * there, as long as the caller prevents new writes to the range from being
+ * accepted.
  *
  * wb_discard() can be called outside of coroutines as well.
  */

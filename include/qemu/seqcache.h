@@ -30,7 +30,19 @@
  * continued; it is not handed out again until then.
  *
  * All offsets and sizes are in bytes.  A request's offset and size must not be
- * negative, and its end must not exceed INT64_MAX.
+ * negative, and its end must not exceed INT64_MAX.  Anything else, like any
+ * other argument that the comments below do not allow, is the caller's bug and
+ * aborts.
+ *
+ * Look-ups do not depend on the number of cached clusters.  What has to do with
+ * a range costs no more than the smaller of the numbers of clusters in the
+ * range and in the cache.
+ *
+ * The memory of clusters that leave the cache is used for the next ones.  It is
+ * freed when the cache becomes empty, except for 64 KiB or one cluster,
+ * whatever is larger.  So the cache takes cluster_size bytes for each cluster
+ * that it held at most since it was empty, rounded up to 64 KiB, and about a
+ * hundred bytes more for each.
  */
 
 #ifndef QEMU_SEQCACHE_H
@@ -59,8 +71,8 @@ typedef struct SeqCacheOptions {
 /**
  * SeqCacheLimits: what a request handed out should look like
  * @align: alignment that makes a request cheap; a power of two.
- * @max_bytes: the request gets no larger than this, except that it always
- *             holds at least one cluster's run.
+ * @max_bytes: the request gets no larger than this, padding included, except
+ *             that it always holds at least one cluster's run; more than 0.
  * @max_iov: the request gets no more elements than this; at least 1.
  */
 typedef struct SeqCacheLimits {
@@ -91,7 +103,8 @@ typedef struct SeqCacheRequest {
  * @nb_clusters: number of cached clusters; each takes cluster_size bytes of
  *               memory.
  * @nb_unfinished: how many of them are unfinished.
- * @bytes_cached: bytes in all runs, written out or not.
+ * @bytes_cached: bytes in all runs, written out or not, that is, what
+ *                seqcache_read() finds.
  * @bytes_finished: bytes of finished clusters that are not yet written out and
  *                  not in flight, that is, what seqcache_get_next_flush() hands
  *                  out without touching unfinished clusters.
@@ -159,8 +172,8 @@ bool seqcache_continues(const SeqCache *s, int64_t offset);
  *
  * Store a write in the cache, split at cluster bounds.  A cluster whose run
  * reaches the cluster's end becomes finished, also when it was filled in one
- * go.  A cluster that is begun while the limit of unfinished clusters is
- * reached finishes the one that was begun first.
+ * go.  If the write leaves one cluster more unfinished than the limit allows,
+ * the one that was begun first becomes finished.
  *
  * The write must be one that seqcache_can_write() allows; anything else is the
  * caller's bug and aborts.
@@ -249,13 +262,19 @@ bool seqcache_is_flushed(const SeqCache *s, uint64_t point);
  * only newer bytes are handed out, from the last multiple of @limits->align in
  * its run.
  *
- * If @unfinished is false, there is no hurry: clusters at the end of the
- * request that would make its end unaligned are left for the next one, as long
- * as anything remains.
+ * A finished cluster of which a part was already written out while it was open
+ * is handed out from the last multiple of @limits->align in that part, or from
+ * the start of its run.
  *
- * The end of a finished cluster's run that is the last in a request is
- * padded with zeroes up to the next multiple of @limits->align if the cache was
- * created with @pad, but never beyond the end of the cluster.
+ * The end of a finished cluster's run that is the last in a request is padded
+ * with zeroes up to the next multiple of @limits->align if the cache was
+ * created with @pad and @limits->align is not larger than a cluster.  Padding
+ * never goes beyond the end of the cluster or INT64_MAX.
+ *
+ * If @unfinished is false, there is no hurry: clusters at the end of the
+ * request that would make its end unaligned are left for the next one.  The
+ * same holds if there is more to hand out that @limits did not let into the
+ * request.  If no other end is aligned either, nothing is left out.
  *
  * Returns: the request, to be given back to seqcache_complete(); NULL if
  * nothing can be handed out.
@@ -269,9 +288,13 @@ SeqCacheRequest *seqcache_get_next_flush(SeqCache *s,
  * @s: the cache.
  * @limits: what the request should look like.
  *
+ * As long as @limits stay the same, this is cheap enough to be asked after each
+ * write.
+ *
  * Returns: the size of the request that seqcache_get_next_flush() would hand
- * out for these limits without unfinished clusters, before any padding and
- * trimming; 0 if there is none.
+ * out for these limits without unfinished clusters, without padding and with
+ * what would be left for the next one to make its end aligned; 0 if there is
+ * none.
  */
 int64_t seqcache_next_flush_bytes(SeqCache *s, const SeqCacheLimits *limits);
 
