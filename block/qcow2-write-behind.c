@@ -99,6 +99,11 @@ void qcow2_update_write_behind(BlockDriverState *bs, int flags)
                           DEFAULT_COMPRESSED_CACHE_SIZE : 0;
     }
 
+    opts.cache_size = QEMU_ALIGN_DOWN(opts.cache_size, s->cluster_size);
+    if (s->write_behind && wb_cache_size(s->write_behind) == opts.cache_size) {
+        return;
+    }
+
     wb_free(s->write_behind);
     s->write_behind = opts.cache_size ? wb_new(bs, &opts) : NULL;
 }

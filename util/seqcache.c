@@ -68,8 +68,9 @@ typedef struct SeqCluster {
     uint64_t seq;
 
     /*
-     * Unfinished: the flush points up to @point need nothing more of it, and
-     * those up to @point_in_flight will not when it is completed.
+     * If it is unfinished and @flushed < @flush_end: flush points up to @point
+     * need nothing more of it, and those up to @point_in_flight will not once
+     * what is in flight is written.
      */
     uint64_t point;
     uint64_t point_in_flight;
@@ -77,13 +78,6 @@ typedef struct SeqCluster {
     /* In one of the lists of SeqCache; data is the cluster itself */
     GList link;
 } SeqCluster;
-
-/* Memory for clusters and their buffers */
-typedef struct SeqSlab {
-    struct SeqSlab *next;
-    uint8_t *mem;
-    SeqCluster clusters[];
-} SeqSlab;
 
 /*
  * Clusters that can be one request: @first, @last and all between them in
@@ -117,7 +111,9 @@ struct SeqCache {
     GQueue free;          /* first freed, first used */
     GQueue requests;      /* all that were handed out and not completed */
 
-    SeqSlab *slabs;
+    /* What the slabs consist of; all of it is freed at a time */
+    GPtrArray *slab_clusters;
+    GPtrArray *slab_buffers;
 
     /* The number that the next cluster or flush point gets */
     uint64_t next_seq;
@@ -177,43 +173,29 @@ SeqCache *seqcache_new(const SeqCacheOptions *opts)
     s->max_unfinished = opts->max_unfinished;
     s->pad = opts->pad;
     s->clusters = g_hash_table_new(g_int64_hash, g_int64_equal);
+    s->slab_clusters = g_ptr_array_new_with_free_func(g_free);
+    s->slab_buffers = g_ptr_array_new_with_free_func(qemu_vfree);
     s->next_seq = 1;
     return s;
 }
 
+/* Get memory for some more clusters */
 static void slab_new(SeqCache *s)
 {
     unsigned n = MIN(MAX(SLAB_SIZE / s->cluster_size, 1), SLAB_MAX_CLUSTERS);
-    SeqSlab *slab = g_malloc(sizeof(*slab) + n * sizeof(slab->clusters[0]));
+    SeqCluster *clusters = g_new0(SeqCluster, n);
+    uint8_t *buffers = qemu_memalign(qemu_real_host_page_size(),
+                                     (size_t)n * s->cluster_size);
     unsigned i;
 
-    slab->mem = qemu_memalign(qemu_real_host_page_size(),
-                              (size_t)n * s->cluster_size);
-    slab->next = s->slabs;
-    s->slabs = slab;
+    g_ptr_array_add(s->slab_clusters, clusters);
+    g_ptr_array_add(s->slab_buffers, buffers);
 
     for (i = 0; i < n; i++) {
-        SeqCluster *c = &slab->clusters[i];
-
-        *c = (SeqCluster) {
-            .buf = slab->mem + (size_t)i * s->cluster_size,
-            .link.data = c,
-        };
-        g_queue_push_tail_link(&s->free, &c->link);
+        clusters[i].buf = buffers + (size_t)i * s->cluster_size;
+        clusters[i].link.data = &clusters[i];
+        g_queue_push_tail_link(&s->free, &clusters[i].link);
     }
-}
-
-/* Free all memory of clusters; none may be cached */
-static void slabs_free(SeqCache *s)
-{
-    while (s->slabs) {
-        SeqSlab *slab = s->slabs;
-
-        s->slabs = slab->next;
-        qemu_vfree(slab->mem);
-        g_free(slab);
-    }
-    g_queue_init(&s->free);
 }
 
 void seqcache_free(SeqCache *s)
@@ -224,7 +206,8 @@ void seqcache_free(SeqCache *s)
     assert(g_queue_is_empty(&s->requests));
 
     g_hash_table_destroy(s->clusters);
-    slabs_free(s);
+    g_ptr_array_unref(s->slab_clusters);
+    g_ptr_array_unref(s->slab_buffers);
     g_free(s);
 }
 
@@ -263,9 +246,11 @@ static void cluster_free(SeqCache *s, SeqCluster *c)
     g_hash_table_remove(s->clusters, c);
     g_queue_push_tail_link(&s->free, &c->link);
 
-    /* Give memory back, except what the next few clusters are going to need */
-    if (!g_hash_table_size(s->clusters) && s->slabs->next) {
-        slabs_free(s);
+    /* Give memory back, but let a stream that is flushed often keep a slab */
+    if (!g_hash_table_size(s->clusters) && s->slab_buffers->len > 1) {
+        g_queue_init(&s->free);
+        g_ptr_array_set_size(s->slab_clusters, 0);
+        g_ptr_array_set_size(s->slab_buffers, 0);
     }
 }
 
@@ -491,7 +476,7 @@ bool seqcache_is_flushed(const SeqCache *s, uint64_t point)
     for (link = s->unfinished.head; link; link = link->next) {
         const SeqCluster *c = link->data;
 
-        if (c->seq < point && c->point < point && c->flushed < c->flush_end) {
+        if (c->point < point && c->flushed < c->flush_end) {
             return false;
         }
     }
@@ -623,11 +608,11 @@ static SeqCluster *flush_first(const SeqCache *s, bool unfinished)
     return c;
 }
 
-/* Move the clusters of a run up to address @end into a request */
+/* Make a request of the part of a run that is in [start, end) */
 static SeqRequest *request_new(SeqCache *s, const SeqRun *run, int64_t start,
                                int64_t end)
 {
-    unsigned n = clusters_in_range(s, start, end - start);
+    unsigned i, n = clusters_in_range(s, start, end - start);
     SeqRequest *r = g_malloc(sizeof(*r) + n * sizeof(r->clusters[0]));
     SeqCluster *c = run->first;
     struct iovec *iov = NULL;
@@ -637,39 +622,36 @@ static SeqRequest *request_new(SeqCache *s, const SeqRun *run, int64_t start,
         .req.bytes = end - start,
         .req.iov = g_new(struct iovec, run->niov),
         .link.data = r,
+        .nb_clusters = n,
     };
+    g_queue_push_tail_link(&s->requests, &r->link);
 
-    while (true) {
-        uint32_t from = start - cluster_offset(s, c);
-        uint32_t n_bytes = MIN(end - start, s->cluster_size - from);
-        SeqCluster *next;
+    for (i = 0; i < n; i++, c = cluster_next(s, c)) {
+        uint32_t pos = offset_in_cluster(s, start);
+        uint32_t bytes = MIN(end - start, s->cluster_size - pos);
 
+        if (pos + bytes > pending_end(c)) {
+            memset(c->buf + c->end, 0, pos + bytes - c->end);
+        }
         if (iov && (uint8_t *)iov->iov_base + iov->iov_len == c->buf) {
-            iov->iov_len += n_bytes;
+            iov->iov_len += bytes;
         } else {
             iov = &r->req.iov[r->req.niov++];
-            iov->iov_base = c->buf + from;
-            iov->iov_len = n_bytes;
+            iov->iov_base = c->buf + pos;
+            iov->iov_len = bytes;
         }
-        if (from + n_bytes > pending_end(c)) {
-            memset(c->buf + c->end, 0, from + n_bytes - c->end);
-        }
-        r->clusters[r->nb_clusters++] = c;
+        r->clusters[i] = c;
+        start += bytes;
+    }
 
-        start += n_bytes;
-        next = start < end ? cluster_next(s, c) : NULL;
+    for (i = 0; i < n; i++) {
+        c = r->clusters[i];
         c->in_flight = true;
         c->point_in_flight = 0;
         if (!c->unfinished) {
             ready_remove(s, c);
         }
-        if (!next) {
-            break;
-        }
-        c = next;
     }
-
-    g_queue_push_tail_link(&s->requests, &r->link);
     return r;
 }
 
@@ -737,7 +719,7 @@ void seqcache_complete(SeqCache *s, SeqCacheRequest *req, bool success)
             /* Padding may reach beyond the run, a run beyond the request */
             c->flushed = MIN(c->end, req->offset + req->bytes -
                                      cluster_offset(s, c));
-            c->point = MAX(c->point, c->point_in_flight);
+            c->point = c->point_in_flight;
         }
 
         if (c->doomed || (!c->unfinished && c->flushed == c->end)) {
