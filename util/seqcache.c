@@ -526,7 +526,7 @@ static uint32_t padded_end(const SeqCache *s, const SeqCluster *c,
 /* Can anything of this cluster be handed out now? */
 static bool cluster_is_pending(const SeqCluster *c, bool unfinished)
 {
-    return !c->in_flight && !c->doomed && (unfinished || !c->unfinished) &&
+    return !c->in_flight && (unfinished || !c->unfinished) &&
            c->flushed < pending_end(c);
 }
 
