@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# The front door; the work is done by scripts/. See "make help".
+
+JOBS ?= $(shell nproc)
+BUILD ?= build
+export QEMU_SRC CONFIGURE_FLAGS JOBS BUILD V
+
+all:
+	@scripts/build
+
+check:
+	@scripts/build --tests
+	@scripts/check standalone unit iotests
+
+check-standalone:
+	@scripts/deps build test
+	@scripts/check standalone
+
+check-unit:
+	@scripts/build --tests
+	@scripts/check unit
+
+check-iotests:
+	@scripts/build --tests
+	@scripts/check iotests
+
+demo:
+	@scripts/build
+	@scripts/deps test
+	@scripts/demo
+
+stock-results:
+	@scripts/build --stock
+	@scripts/check --write-stock-results iotests
+
+clean:
+	rm -rf build build-* qemu cache/source*
+
+distclean: clean
+	rm -rf cache
+
+help:
+	@echo 'make                   obtain QEMU, apply our hooks, build into build/'
+	@echo 'make demo              convert a real image with the cache off and on'
+	@echo 'make check             build, then run all tests'
+	@echo 'make check-standalone  the tests that need glib alone'
+	@echo 'make check-unit        the unit tests inside QEMU'
+	@echo 'make check-iotests     our iotests and those of qcow2 compression'
+	@echo 'make stock-results     rebuild the list of what an unpatched QEMU'
+	@echo '                       does in the iotests of qcow2 compression'
+	@echo 'make clean             remove the prepared tree and all builds'
+	@echo 'make distclean         the same, and the downloads'
+	@echo
+	@echo 'QEMU_SRC=PATH          a QEMU tree, git checkout, release tarball or'
+	@echo '                       .dsc; it is not modified, and remembered until'
+	@echo '                       "make clean". Without it: the Debian source'
+	@echo '                       package'
+	@echo 'JOBS=N                 parallel jobs (default: number of processors)'
+	@echo 'BUILD=DIR              build folder (default: build); a name that'
+	@echo '                       begins with "build-" is ignored by git'
+	@echo 'CONFIGURE_FLAGS=...    more flags for QEMU'"'"'s configure, for instance'
+	@echo '                       make BUILD=build-asan \'
+	@echo '                           CONFIGURE_FLAGS="--enable-asan --enable-ubsan"'
+	@echo 'V=1                    show the whole output of each step'
+
+.PHONY: all check check-standalone check-unit check-iotests demo \
+        stock-results clean distclean help

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# shellcheck shell=bash
+#
+# What the scripts share. Sourced with the repository's root as the current
+# folder; the variables are those that the Makefile exports.
+
+JOBS=${JOBS:-$(nproc)}
+BUILD=${BUILD:-build}
+V=${V:-0}
+export PYTHON=${PYTHON:-/usr/bin/python3}
+
+say()
+{
+    printf '%s\n' "$*"
+}
+
+# The words of one sentence, or of several; a line break is the caller's
+die()
+{
+    printf '%s\n' "$*" >&2
+    exit 1
+}
+
+# run_logged LOG COMMAND...: append the command's output to LOG, or show it
+# as well with V=1. On failure show the end of the log and return non-zero.
+run_logged()
+{
+    local log=$1 rc=0
+    shift
+
+    mkdir -p "$(dirname "$log")"
+    printf '+ %s\n' "$*" >> "$log"
+    if [ "$V" != 0 ]; then
+        "$@" 2>&1 < /dev/null | tee -a "$log" || rc=$?
+    else
+        "$@" >> "$log" 2>&1 < /dev/null || rc=$?
+        if [ "$rc" != 0 ]; then
+            printf 'The end of %s:\n' "$log" >&2
+            tail -n 40 "$log" >&2
+        fi
+    fi
+    return "$rc"
+}
+
+# Only one script at a time may change the prepared tree and the build folders.
+# The scripts that it calls share the lock.
+take_lock()
+{
+    [ -z "${SEQCACHE_LOCKED-}" ] || return 0
+    export SEQCACHE_LOCKED=1
+    mkdir -p cache
+    exec 9> cache/lock
+    if ! flock -n 9; then
+        say "Waiting for another build in this folder"
+        flock 9
+    fi
+}
+
+# The Debian archive that this machine itself uses, as ENTRY_URI and ENTRY_KEY.
+# The address and the keyring are the machine's own; none is written here.
+debian_entry()
+{
+    local lists=cache/apt/system-lists line
+    # shellcheck disable=SC2016 # apt expands them
+    local -a format=(
+        indextargets --format '$(ORIGIN)|$(LABEL)|$(REPO_URI)|$(SOURCESENTRY)'
+        'Created-By: Packages'
+    )
+
+    ENTRY_URI=
+    ENTRY_KEY=
+    command -v apt-get > /dev/null || return 1
+    line=$(apt-get "${format[@]}" | grep -m1 '^Debian|Debian|' || true)
+    if [ -z "$line" ]; then
+        # The machine's lists were never downloaded
+        mkdir -p $lists/partial
+        run_logged cache/apt.log apt-get -o Dir::State::Lists="$PWD/$lists" \
+            -o APT::Sandbox::User= -o APT::Update::Error-Mode=any update ||
+            return 1
+        line=$(apt-get -o Dir::State::Lists="$PWD/$lists" "${format[@]}" |
+               grep -m1 '^Debian|Debian|' || true)
+    fi
+    [ -n "$line" ] || return 1
+    ENTRY_URI=$(printf '%s\n' "$line" | cut -d'|' -f3)
+    line=$(printf '%s\n' "$line" | cut -d'|' -f4)
+    ENTRY_KEY=$(sed -nE \
+        -e 's/^[Ss]igned-[Bb]y:[[:space:]]*(\/[^[:space:]]+).*/\1/p' \
+        -e 's/^deb .*\[.*signed-by=(\/[^] ]+).*\].*/\1/p' \
+        "${line%:*}" 2> /dev/null | head -n 1)
+    if [ -z "$ENTRY_KEY" ]; then
+        ENTRY_KEY=/usr/share/keyrings/debian-archive-keyring.gpg
+    fi
+}
+
+# private_apt NAME SUITE TYPE: an apt configuration of our own for one suite of
+# that archive. Sets APT_OPTIONS for apt-get and apt-cache, and downloads the
+# suite's lists; neither the system's lists nor its configuration change.
+private_apt()
+{
+    local name=$1 suite=$2 type=$3 top=$PWD/cache/apt
+
+    debian_entry || return 1
+    mkdir -p "$top/$name.sources.d" "$top/$name.lists/partial" \
+        "$top/archives/partial"
+    cat > "$top/$name.sources.d/$name.sources" <<EOF
+Types: $type
+URIs: $ENTRY_URI
+Suites: $suite
+Components: main
+Signed-By: $ENTRY_KEY
+EOF
+    APT_OPTIONS=(
+        -o Dir::Etc::SourceList=/dev/null
+        -o Dir::Etc::SourceParts="$top/$name.sources.d"
+        -o Dir::State::Lists="$top/$name.lists"
+        -o Dir::Cache::Archives="$top/archives"
+        -o APT::Sandbox::User=
+        -o DPkg::Lock::Timeout=300
+    )
+    run_logged cache/apt.log apt-get "${APT_OPTIONS[@]}" \
+        -o APT::Update::Error-Mode=any update
+}
