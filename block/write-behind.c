@@ -205,6 +205,8 @@ typedef enum WriteBehindWork {
 static WriteBehindWork wb_work_locked(WriteBehind *wb,
                                       const SeqCacheLimits *limits)
 {
+    /* From here on no further cluster fits, also if the first is not whole */
+    int64_t almost_max = limits->max_bytes - wb->cluster_size;
     SeqCacheStats stats;
 
     if (wb->error) {
@@ -227,8 +229,8 @@ static WriteBehindWork wb_work_locked(WriteBehind *wb,
 
     if (stats.bytes_finished >= wb_cache_size(wb) / 2 ||
         (!QSIMPLEQ_EMPTY(&wb->reservers) && !wb->nb_in_flight) ||
-        (stats.bytes_finished >= limits->max_bytes &&
-         seqcache_next_flush_bytes(wb->cache, limits) >= limits->max_bytes))
+        (stats.bytes_finished > almost_max &&
+         seqcache_next_flush_bytes(wb->cache, limits) > almost_max))
     {
         return WB_WORK_FINISHED;
     }

@@ -383,6 +383,8 @@ static void test_set_limits(Test *t, uint32_t align, uint32_t max_transfer)
 {
     t->disk->align = align;
     t->disk->max_transfer = max_transfer;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
     bdrv_refresh_limits(t->disk_bs, NULL, &error_abort);
 }
 
@@ -801,6 +803,32 @@ static void test_limits_change(void)
     flush_ok(t);
     /* 301000 is in the block that starts at 300544, 302000 ends at 302080 */
     assert_writes(t->disk, { 300544, 1536 });
+    assert_on_disk(t, 0, DISK_SIZE);
+
+    test_free(t);
+}
+
+/* A request that begins inside a cluster is not delayed until it is longer */
+static void test_full_request(void)
+{
+    const TestConfig config = {
+        .cluster_size = 64 * KiB,
+        .cache_size = 8 * MiB,
+        .align = 512,
+    };
+    Test *t = test_new(&config);
+
+    append_ok(t, 1000);
+    flush_ok(t);
+    assert_writes(t->disk, { 0, 1024 });
+    append_ok(t, MiB - 1001);
+    assert_no_writes(t->disk);
+    append_ok(t, 1);
+    assert_writes(t->disk, { 512, MiB - 512 });
+    append_ok(t, MiB - 1);
+    assert_no_writes(t->disk);
+    append_ok(t, 1);
+    assert_writes(t->disk, { MiB, MiB });
     assert_on_disk(t, 0, DISK_SIZE);
 
     test_free(t);
@@ -1426,6 +1454,50 @@ static void test_error_shared(void)
     assert_on_disk(t, 0, DISK_SIZE);
     assert_stat(t, errors, ==, 4);
 
+    /* Now several requests are in flight again, and nobody waits for them */
+    disk_hold(t->disk);
+    append_ok(t, 2 * MiB);
+    settle();
+    g_assert_cmpuint(t->disk->nb_held, ==, 2);
+    disk_release(t->disk);
+    flush_ok(t);
+    assert_on_disk(t, 0, DISK_SIZE);
+
+    test_free(t);
+}
+
+/* The success of another request does not mean that the failed one is there */
+static void test_error_kept(void)
+{
+    const TestConfig config = {
+        .cluster_size = 64 * KiB,
+        .cache_size = 4 * MiB,
+    };
+    Test *t = test_new(&config);
+
+    disk_hold(t->disk);
+    append_ok(t, 2 * MiB);
+    settle();
+    g_assert_cmpuint(t->disk->nb_held, ==, 2);
+    disk_fail(t->disk, EIO, 0);
+    disk_release_one(t->disk);
+    settle();
+    disk_fail(t->disk, 0, 0);
+    disk_release(t->disk);
+    settle();
+    assert_on_disk(t, MiB, MiB);
+    assert_writes(t->disk, { 0, MiB }, { MiB, MiB });
+
+    /* There is room, but first the failed one is tried once more */
+    disk_fail(t->disk, ENOSPC, 0);
+    g_assert_cmpint(run(t, op_append, .bytes = 1), ==, -ENOSPC);
+    assert_writes(t->disk, { 0, MiB });
+    disk_fail(t->disk, 0, 0);
+    append_ok(t, 1);
+    assert_writes(t->disk, { 0, MiB });
+    flush_ok(t);
+    assert_on_disk(t, 0, DISK_SIZE);
+
     test_free(t);
 }
 
@@ -1438,6 +1510,10 @@ static void test_error_fails_fast(void)
         .max_streams = 8,
     };
     Test *t = test_new(&config);
+    TestOp flush[2] = {
+        { .t = t, .fn = op_flush },
+        { .t = t, .fn = op_flush },
+    };
     unsigned n;
     int i;
 
@@ -1456,8 +1532,19 @@ static void test_error_fails_fast(void)
     g_assert_cmpuint(t->disk->nb_writes, <=, n + 5);
     read_ok(t, 0, DISK_SIZE);
 
+    /* After one that succeeds, there is no need to be careful */
     disk_fail(t->disk, 0, 0);
-    flush_ok(t);
+    disk_hold(t->disk);
+    op_start(&flush[0]);
+    op_start(&flush[1]);
+    settle();
+    g_assert_cmpuint(t->disk->nb_held, ==, 1);
+    disk_release_one(t->disk);
+    settle();
+    g_assert_cmpuint(t->disk->nb_held, >, 1);
+    disk_release(t->disk);
+    g_assert_cmpint(op_wait(&flush[0]), ==, 0);
+    g_assert_cmpint(op_wait(&flush[1]), ==, 0);
     assert_on_disk(t, 0, DISK_SIZE);
     g_array_set_size(t->disk->log, 0);
     flush_ok(t);
@@ -2251,6 +2338,8 @@ static void iothreads_case(unsigned max_streams, IOThreadsFunc *interfere)
         interfere(t, iothreads, i);
         aio_poll(qemu_get_aio_context(), false);
     }
+    g_test_message("%u rounds", i);
+    g_assert_cmpuint(i, >, 0);
     for (i = 0; i < ARRAY_SIZE(ops); i++) {
         g_assert_cmpint(op_wait(&ops[i]), ==, 0);
     }
@@ -2554,6 +2643,7 @@ int main(int argc, char **argv)
 #define ADD(name, func) g_test_add_func("/write-behind/" name, func)
     ADD("issue/large-requests", test_large_requests);
     ADD("issue/request-size", test_request_size);
+    ADD("issue/full-request", test_full_request);
     ADD("issue/limits-change", test_limits_change);
     ADD("issue/large-alignment", test_large_alignment);
     ADD("issue/no-pad", test_no_pad);
@@ -2570,6 +2660,7 @@ int main(int argc, char **argv)
     ADD("bound/streams-stay", test_streams_stay);
     ADD("refused", test_refused);
     ADD("error/shared-attempt", test_error_shared);
+    ADD("error/kept", test_error_kept);
     ADD("error/fails-fast", test_error_fails_fast);
     ADD("error/full", test_error_full);
     ADD("error/reserved", test_error_reserved);
