@@ -669,6 +669,37 @@ static int op_run(TestOp *op)
     return op_wait(op);
 }
 
+static bool ops_done(TestOp *ops, unsigned n)
+{
+    unsigned i;
+
+    for (i = 0; i < n; i++) {
+        if (!op_done(&ops[i])) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void ops_start(TestOp *ops, unsigned n)
+{
+    unsigned i;
+
+    for (i = 0; i < n; i++) {
+        op_start(&ops[i]);
+    }
+}
+
+/* Wait for all, and assert that they return @ret */
+static void ops_finish(TestOp *ops, unsigned n, int ret)
+{
+    unsigned i;
+
+    for (i = 0; i < n; i++) {
+        g_assert_cmpint(op_wait(&ops[i]), ==, ret);
+    }
+}
+
 #define run(t_, fn_, ...) \
     op_run(&(TestOp) { .t = (t_), .fn = (fn_), __VA_ARGS__ })
 
@@ -1115,18 +1146,6 @@ static void test_flush_terminates(void)
 
 /* ---- The bound, and waiting for room ---- */
 
-static bool ops_done(TestOp *ops, unsigned n)
-{
-    unsigned i;
-
-    for (i = 0; i < n; i++) {
-        if (!op_done(&ops[i])) {
-            return false;
-        }
-    }
-    return true;
-}
-
 #define NB_WRITERS 64
 
 static void bound_case(int64_t cluster_size, int64_t nb_clusters,
@@ -1402,7 +1421,6 @@ static void test_error_shared(void)
         { .t = t, .fn = op_reserve, .nb_clusters = 1 },
     };
     int64_t accepted = 2 * MiB + 1000;
-    unsigned i;
     int round;
 
     disk_hold(t->disk);
@@ -1420,16 +1438,11 @@ static void test_error_shared(void)
     for (round = 1; round <= 3; round++) {
         disk_fail(t->disk, round == 2 ? ENOSPC : EIO, 0);
         disk_hold(t->disk);
-        for (i = 0; i < ARRAY_SIZE(ops); i++) {
-            op_start(&ops[i]);
-        }
+        ops_start(ops, ARRAY_SIZE(ops));
         settle();
         g_assert_cmpuint(t->disk->nb_held, ==, 1);
         disk_release(t->disk);
-        settle();
-        for (i = 0; i < ARRAY_SIZE(ops); i++) {
-            g_assert_cmpint(ops[i].ret, ==, round == 2 ? -ENOSPC : -EIO);
-        }
+        ops_finish(ops, ARRAY_SIZE(ops), round == 2 ? -ENOSPC : -EIO);
         g_assert_cmpuint(t->disk->nb_writes, ==, 2 + round);
         assert_stat(t, errors, ==, 1 + round);
         g_assert_cmpint(t->alloc, ==, accepted);
@@ -1439,29 +1452,16 @@ static void test_error_shared(void)
     /* The attempt that succeeds clears the error for all */
     disk_fail(t->disk, 0, 0);
     disk_hold(t->disk);
-    for (i = 0; i < ARRAY_SIZE(ops); i++) {
-        op_start(&ops[i]);
-    }
+    ops_start(ops, ARRAY_SIZE(ops));
     settle();
     g_assert_cmpuint(t->disk->nb_held, ==, 1);
     disk_release(t->disk);
-    for (i = 0; i < ARRAY_SIZE(ops); i++) {
-        g_assert_cmpint(op_wait(&ops[i]), ==, 0);
-    }
+    ops_finish(ops, ARRAY_SIZE(ops), 0);
     run_ok(t, op_unreserve, .nb_clusters = 2);
     assert_on_disk(t, 0, accepted);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
     assert_stat(t, errors, ==, 4);
-
-    /* Now several requests are in flight again, and nobody waits for them */
-    disk_hold(t->disk);
-    append_ok(t, 2 * MiB);
-    settle();
-    g_assert_cmpuint(t->disk->nb_held, ==, 2);
-    disk_release(t->disk);
-    flush_ok(t);
-    assert_on_disk(t, 0, DISK_SIZE);
 
     test_free(t);
 }
@@ -1495,6 +1495,15 @@ static void test_error_kept(void)
     disk_fail(t->disk, 0, 0);
     append_ok(t, 1);
     assert_writes(t->disk, { 0, MiB });
+    flush_ok(t);
+    assert_on_disk(t, 0, DISK_SIZE);
+
+    /* Now several requests are in flight again, and nobody waits for them */
+    disk_hold(t->disk);
+    append_ok(t, 2 * MiB);
+    settle();
+    g_assert_cmpuint(t->disk->nb_held, ==, 2);
+    disk_release(t->disk);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
 
@@ -1535,16 +1544,14 @@ static void test_error_fails_fast(void)
     /* After one that succeeds, there is no need to be careful */
     disk_fail(t->disk, 0, 0);
     disk_hold(t->disk);
-    op_start(&flush[0]);
-    op_start(&flush[1]);
+    ops_start(flush, 2);
     settle();
     g_assert_cmpuint(t->disk->nb_held, ==, 1);
     disk_release_one(t->disk);
     settle();
     g_assert_cmpuint(t->disk->nb_held, >, 1);
     disk_release(t->disk);
-    g_assert_cmpint(op_wait(&flush[0]), ==, 0);
-    g_assert_cmpint(op_wait(&flush[1]), ==, 0);
+    ops_finish(flush, 2, 0);
     assert_on_disk(t, 0, DISK_SIZE);
     g_array_set_size(t->disk->log, 0);
     flush_ok(t);
@@ -2248,9 +2255,7 @@ static void test_graph_change(void)
     release_later(t);
     bdrv_graph_wrlock();
     bdrv_graph_wrunlock();
-    for (i = 0; i < ARRAY_SIZE(ops); i++) {
-        g_assert_cmpint(op_wait(&ops[i]), ==, 0);
-    }
+    ops_finish(ops, ARRAY_SIZE(ops), 0);
     g_assert_cmpint(op_wait(&flush), ==, 0);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
@@ -2340,9 +2345,7 @@ static void iothreads_case(unsigned max_streams, IOThreadsFunc *interfere)
     }
     g_test_message("%u rounds", i);
     g_assert_cmpuint(i, >, 0);
-    for (i = 0; i < ARRAY_SIZE(ops); i++) {
-        g_assert_cmpint(op_wait(&ops[i]), ==, 0);
-    }
+    ops_finish(ops, ARRAY_SIZE(ops), 0);
 
     blk_set_aio_context(t->blk, qemu_get_aio_context(), &error_abort);
     flush_ok(t);

@@ -23,6 +23,11 @@ from qcow2_format import QcowHeader
 KiB = 1024
 MiB = 1024 * KiB
 
+# Options for image creation from the command line of check that the tests
+# would contradict
+unsupported_imgopts = ['cluster_size', 'compat', 'data_file', 'encrypt',
+                       'extended_l2', 'preallocation', 'refcount_bits']
+
 # Either of them answers to cmd(), which raises an exception for an error
 Machine = Union[iotests.VM, iotests.QemuStorageDaemon]
 
