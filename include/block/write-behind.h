@@ -157,8 +157,8 @@ wb_accept(BlockDriverState *bs, WriteBehind *wb, uint64_t nb_clusters,
  *
  * Read cached data from the cache and everything else from the child.  All that
  * is cached when this is called is copied before the child is read.  If padding
- * is allowed, bytes between the end of a stream and the end of its cluster are
- * not read from the child, they are zero.
+ * is allowed, bytes that follow cached bytes of the same read up to the end of
+ * their cluster are not read from the child: they are zero.
  *
  * Returns: 0 on success, else the negative errno of a read of the child.
  */
