@@ -173,9 +173,9 @@ wb_co_preadv_part(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
  * @offset: start of a range.
  * @bytes: size of the range.
  *
- * Returns: whether any byte of the range is cached.  The answer can become
- * false at any time, but only because the data was written to the child, as long
- * as the caller prevents the range from being discarded.
+ * Returns: whether any byte of the range is cached.  As long as the caller
+ * prevents the range from being discarded, the answer only becomes false when
+ * the data was written to the child.
  */
 bool wb_is_cached(WriteBehind *wb, int64_t offset, int64_t bytes);
 
