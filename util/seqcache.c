@@ -388,6 +388,39 @@ void seqcache_write(SeqCache *s, int64_t offset, int64_t bytes,
     }
 }
 
+int64_t seqcache_overwrite(SeqCache *s, int64_t offset, int64_t bytes,
+                           const void *buf)
+{
+    const uint8_t *src = buf;
+    int64_t done = 0;
+
+    check_range(offset, bytes);
+    while (done < bytes) {
+        uint32_t pos = offset_in_cluster(s, offset + done);
+        SeqCluster *c = cluster_find(s, (offset + done) >> s->cluster_bits);
+        uint32_t n;
+
+        if (!c || c->in_flight || pos < c->begin || pos >= c->end) {
+            break;
+        }
+        n = MIN(bytes - done, c->end - pos);
+        memcpy(c->buf + pos, src + done, n);
+        done += n;
+
+        if (pos < c->flushed) {
+            if (!c->unfinished) {
+                s->bytes_ready += c->flushed - pos;
+                s->ahead.first = NULL;
+            } else if (c->flushed == c->flush_end) {
+                /* The flush points so far got what they wanted */
+                c->point = s->next_seq - 1;
+            }
+            c->flushed = pos;
+        }
+    }
+    return done;
+}
+
 int64_t seqcache_read(const SeqCache *s, int64_t offset, int64_t bytes,
                       void *buf)
 {
@@ -441,6 +474,42 @@ bool seqcache_finish_oldest(SeqCache *s)
     }
     cluster_finish(s, link->data);
     return true;
+}
+
+void seqcache_finish(SeqCache *s, int64_t offset, int64_t bytes)
+{
+    int64_t first = offset >> s->cluster_bits;
+    GList *link, *next;
+    int64_t count;
+
+    check_range(offset, bytes);
+    if (!bytes) {
+        return;
+    }
+
+    count = clusters_in_range(s, offset, bytes);
+    for (link = s->unfinished.head; link; link = next) {
+        SeqCluster *c = link->data;
+
+        next = link->next;
+        if (c->index >= first && c->index - first < count) {
+            cluster_finish(s, c);
+        }
+    }
+}
+
+bool seqcache_is_clean(const SeqCache *s)
+{
+    GList *link;
+
+    for (link = s->unfinished.head; link; link = link->next) {
+        const SeqCluster *c = link->data;
+
+        if (c->flushed < c->end) {
+            return false;
+        }
+    }
+    return !s->ready.length && !s->requests.length;
 }
 
 uint64_t seqcache_flush_point(SeqCache *s)
@@ -806,6 +875,7 @@ void seqcache_get_stats(const SeqCache *s, SeqCacheStats *stats)
     *stats = (SeqCacheStats) {
         .nb_clusters = g_hash_table_size(s->clusters),
         .nb_unfinished = s->unfinished.length,
+        .nb_finished = s->ready.length,
         .bytes_cached = s->bytes_cached,
         .bytes_finished = s->bytes_ready,
         .nb_in_flight = s->requests.length,

@@ -103,6 +103,7 @@ typedef struct SeqCacheRequest {
  * @nb_clusters: number of cached clusters; each takes cluster_size bytes of
  *               memory.
  * @nb_unfinished: how many of them are unfinished.
+ * @nb_finished: how many of them are finished and not in flight.
  * @bytes_cached: bytes in all runs, written out or not, that is, what
  *                seqcache_read() finds.
  * @bytes_finished: bytes of finished clusters that are not yet written out and
@@ -113,6 +114,7 @@ typedef struct SeqCacheRequest {
 typedef struct SeqCacheStats {
     uint64_t nb_clusters;
     uint64_t nb_unfinished;
+    uint64_t nb_finished;
     uint64_t bytes_cached;
     uint64_t bytes_finished;
     uint64_t nb_in_flight;
@@ -182,6 +184,22 @@ void seqcache_write(SeqCache *s, int64_t offset, int64_t bytes,
                     const void *buf);
 
 /**
+ * seqcache_overwrite:
+ * @s: the cache.
+ * @offset: where to write.
+ * @bytes: how much to write.
+ * @buf: the data, which is copied.
+ *
+ * Replace cached bytes from the start of a range on, up to the first byte that
+ * is not cached or that is in flight.  What was written out before will be
+ * again.  The states of the clusters do not change.
+ *
+ * Returns: how many bytes from the start of the range were replaced.
+ */
+int64_t seqcache_overwrite(SeqCache *s, int64_t offset, int64_t bytes,
+                           const void *buf);
+
+/**
  * seqcache_read:
  * @s: the cache.
  * @offset: start of the range to read.
@@ -221,6 +239,26 @@ int64_t seqcache_gap(const SeqCache *s, int64_t offset, int64_t bytes);
  * Returns: false if there was no unfinished cluster.
  */
 bool seqcache_finish_oldest(SeqCache *s);
+
+/**
+ * seqcache_finish:
+ * @s: the cache.
+ * @offset: start of a range.
+ * @bytes: size of the range.
+ *
+ * Finish all unfinished clusters that the range touches, as
+ * seqcache_finish_oldest() does.
+ */
+void seqcache_finish(SeqCache *s, int64_t offset, int64_t bytes);
+
+/**
+ * seqcache_is_clean:
+ * @s: the cache.
+ *
+ * Returns: true if everything that is cached was written out and nothing is in
+ * flight.
+ */
+bool seqcache_is_clean(const SeqCache *s);
 
 /**
  * seqcache_flush_point:

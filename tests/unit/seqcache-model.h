@@ -292,6 +292,35 @@ static void model_write(Model *m)
     model_do_write(m, begin, last);
 }
 
+static void model_overwrite(Model *m)
+{
+    int begin = model_choose(m, m->limit + 1);
+    int bytes = model_choose_bytes(m, begin);
+    g_autofree uint8_t *buf = g_malloc(bytes + 1);
+    int done, i, k;
+
+    for (i = 0; i < bytes; i++) {
+        buf[i] = ++m->next_byte;
+    }
+    done = seqcache_overwrite(m->s, m->base + begin, bytes, buf);
+    for (i = begin; i < begin + bytes; i++) {
+        ModelCluster *c = &m->clusters[i / m->cs];
+
+        if (!m->cached[i] || c->in_flight) {
+            break;
+        }
+        m->expected[i] = buf[i - begin];
+        /* All from here on is written out again */
+        for (k = i; k < c->end && !m->dirty[k]; k++) {
+            m->dirty[k] = true;
+        }
+        if (!c->unfinished) {
+            model_finish(m, c);
+        }
+    }
+    g_assert_cmpint(done, ==, i - begin);
+}
+
 /* Questions about ranges that go far beyond the window */
 static void model_query(Model *m)
 {
@@ -614,6 +643,20 @@ static bool model_finish_oldest(Model *m)
     return oldest;
 }
 
+static void model_finish_range(Model *m)
+{
+    int begin = model_choose(m, m->limit);
+    int bytes = model_choose_bytes(m, begin);
+    int i;
+
+    seqcache_finish(m->s, m->base + begin, bytes);
+    for (i = begin / m->cs; bytes && i <= (begin + bytes - 1) / m->cs; i++) {
+        if (m->clusters[i].cached && m->clusters[i].unfinished) {
+            model_finish(m, &m->clusters[i]);
+        }
+    }
+}
+
 static ModelPoint *model_flush_point(Model *m)
 {
     ModelPoint *p = &m->points[model_choose(m, MODEL_MAX_POINTS)];
@@ -634,6 +677,7 @@ static void model_check(Model *m)
 {
     SeqCacheStats stats, expected = { 0 };
     g_autofree uint8_t *buf = g_malloc(m->size);
+    bool clean = true;
     int i, k, count;
 
     for (i = 0; i < m->nb; i++) {
@@ -641,9 +685,13 @@ static void model_check(Model *m)
 
         expected.nb_clusters += c->cached;
         if (c->cached && !c->unfinished && !c->in_flight) {
+            expected.nb_finished++;
             expected.bytes_finished += c->end - model_first_dirty(m, c);
         }
+        clean &= !c->cached || (!c->in_flight && c->unfinished &&
+                                model_first_dirty(m, c) == c->end);
     }
+    g_assert_cmpint(seqcache_is_clean(m->s), ==, clean);
     model_oldest_unfinished(m, &count);
     expected.nb_unfinished = count;
     for (i = 0; i < MODEL_MAX_REQUESTS; i++) {
@@ -656,6 +704,7 @@ static void model_check(Model *m)
     g_assert_cmpint(stats.nb_clusters, ==, expected.nb_clusters);
     g_assert_cmpint(stats.nb_clusters, ==, seqcache_nb_clusters(m->s));
     g_assert_cmpint(stats.nb_unfinished, ==, expected.nb_unfinished);
+    g_assert_cmpint(stats.nb_finished, ==, expected.nb_finished);
     g_assert_cmpint(stats.bytes_cached, ==, expected.bytes_cached);
     g_assert_cmpint(stats.bytes_finished, ==, expected.bytes_finished);
     g_assert_cmpint(stats.nb_in_flight, ==, expected.nb_in_flight);
@@ -691,7 +740,7 @@ static void model_step(Model *m)
 {
     ModelRequest *r = &m->requests[model_choose(m, MODEL_MAX_REQUESTS)];
 
-    switch (model_choose(m, 32)) {
+    switch (model_choose(m, 35)) {
     case 0 ... 10:
         model_write(m);
         break;
@@ -726,6 +775,12 @@ static void model_step(Model *m)
         break;
     case 31:
         model_check(m);
+        break;
+    case 32 ... 33:
+        model_overwrite(m);
+        break;
+    case 34:
+        model_finish_range(m);
         break;
     }
     model_check_points(m);

@@ -288,6 +288,76 @@ static void test_one_more_finishes_the_oldest(void)
     seqcache_free(s);
 }
 
+static void test_finish_range(void)
+{
+    SeqCache *s = cache_new(3, false);
+
+    put(s, 0, 100);
+    put(s, CLUSTER, 100);
+    put(s, 2 * CLUSTER, 100);
+    seqcache_finish(s, CLUSTER, 0);
+    expect_clusters(s, 3, 3);
+    seqcache_finish(s, 2 * CLUSTER - 1, 1);
+    expect_clusters(s, 3, 2);
+    g_assert_true(seqcache_continues(s, 100));
+    g_assert_false(seqcache_continues(s, CLUSTER + 100));
+    seqcache_finish(s, 0, INT64_MAX);
+    expect_clusters(s, 3, 0);
+    seqcache_free(s);
+}
+
+static int64_t overwrite(SeqCache *s, int64_t offset, int64_t bytes)
+{
+    g_autofree uint8_t *buf = g_malloc(bytes);
+    int64_t i;
+
+    for (i = 0; i < bytes; i++) {
+        buf[i] = pattern(offset + i);
+    }
+    return seqcache_overwrite(s, offset, bytes, buf);
+}
+
+static void test_overwrite(void)
+{
+    SeqCache *s = cache_new(1, false);
+    uint8_t zeroes[2 * ALIGN] = { 0 };
+    SeqCacheRequest *req;
+    uint64_t point;
+
+    /* Up to the first byte that is not cached */
+    seqcache_write(s, ALIGN, 2 * ALIGN, zeroes);
+    g_assert_cmpint(overwrite(s, ALIGN - 1, 10), ==, 0);
+    g_assert_cmpint(overwrite(s, ALIGN, 3 * ALIGN), ==, 2 * ALIGN);
+    expect_read(s, ALIGN, 2 * ALIGN);
+
+    /* What was written out is dirty again, but older flushes need not wait */
+    point = seqcache_flush_point(s);
+    take_and_complete(s, true, ALIGN, 2 * ALIGN);
+    g_assert_true(seqcache_is_clean(s));
+    g_assert_cmpint(overwrite(s, 2 * ALIGN, 1), ==, 1);
+    g_assert_false(seqcache_is_clean(s));
+    g_assert_true(seqcache_is_flushed(s, point));
+    point = seqcache_flush_point(s);
+    g_assert_false(seqcache_is_flushed(s, point));
+    req = take(s, true, 2 * ALIGN, ALIGN);
+
+    /* Not in flight */
+    g_assert_cmpint(overwrite(s, ALIGN, 1), ==, 0);
+    seqcache_complete(s, req, true);
+    g_assert_true(seqcache_is_flushed(s, point));
+
+    /* The start of a run that is about to be handed out */
+    put(s, 3 * ALIGN, CLUSTER - 3 * ALIGN);
+    g_assert_cmpint(seqcache_next_flush_bytes(s, &default_limits), ==,
+                    CLUSTER - 3 * ALIGN);
+    g_assert_cmpint(overwrite(s, ALIGN, 1), ==, 1);
+    g_assert_cmpint(seqcache_next_flush_bytes(s, &default_limits), ==,
+                    CLUSTER - ALIGN);
+    take_and_complete(s, false, ALIGN, CLUSTER - ALIGN);
+    g_assert_true(seqcache_is_clean(s));
+    seqcache_free(s);
+}
+
 static void test_finish_of_written_run_frees_it(void)
 {
     SeqCache *s = cache_new(1, false);
@@ -986,6 +1056,8 @@ int main(int argc, char **argv)
     TEST("write/several-streams", test_several_streams);
     TEST("write/one-more-finishes-the-oldest",
          test_one_more_finishes_the_oldest);
+    TEST("write/finish-range", test_finish_range);
+    TEST("write/overwrite", test_overwrite);
     TEST("write/finish-of-written-run-frees-it",
          test_finish_of_written_run_frees_it);
     TEST("write/end-of-address-space", test_end_of_address_space);
