@@ -227,7 +227,7 @@ static WriteBehindWork wb_work_locked(WriteBehind *wb,
         return WB_WORK_NONE;
     }
 
-    if (stats.bytes_finished >= wb_cache_size(wb) / 2 ||
+    if (stats.nb_finished >= wb->max_clusters / 2 ||
         (!QSIMPLEQ_EMPTY(&wb->reservers) && !wb->nb_in_flight) ||
         (stats.bytes_finished > almost_max &&
          seqcache_next_flush_bytes(wb->cache, limits) > almost_max))
@@ -490,6 +490,23 @@ bool coroutine_fn wb_accept(BlockDriverState *bs, WriteBehind *wb,
     return ok;
 }
 
+int64_t coroutine_fn wb_overwrite(BlockDriverState *bs, WriteBehind *wb,
+                                  int64_t offset, int64_t bytes,
+                                  const void *buf)
+{
+    int64_t done;
+
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    done = seqcache_overwrite(wb->cache, offset, bytes, buf);
+    if (done) {
+        trace_wb_overwrite(bs, offset, bytes, done);
+        wb->stats.accepted_bytes += done;
+        wb->stats.accepted_requests++;
+    }
+    return done;
+}
+
 /*
  * Read what is cached, append the rest to @gaps.  Called with wb->lock held.
  */
@@ -582,6 +599,20 @@ bool wb_is_cached(WriteBehind *wb, int64_t offset, int64_t bytes)
     return seqcache_gap(wb->cache, offset, bytes) < bytes;
 }
 
+int64_t wb_gap(WriteBehind *wb, int64_t offset, int64_t bytes)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    return seqcache_gap(wb->cache, offset, bytes);
+}
+
+bool wb_is_dirty(WriteBehind *wb)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    return !seqcache_is_clean(wb->cache);
+}
+
 void wb_end_streams(WriteBehind *wb)
 {
     QEMU_LOCK_GUARD(&wb->lock);
@@ -593,19 +624,23 @@ void wb_end_streams(WriteBehind *wb)
     }
 }
 
-int coroutine_fn wb_co_flush(BlockDriverState *bs, WriteBehind *wb)
+/*
+ * Write out everything that is cached now; or, if @bytes is not 0, stop earlier
+ * when nothing of the range is cached any more.  Called with wb->lock held.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+wb_co_flush_locked(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
+                   int64_t bytes)
 {
-    uint64_t nb_failures, point;
+    uint64_t nb_failures = wb->nb_failures;
+    uint64_t point = seqcache_flush_point(wb->cache);
     int ret = 0;
 
-    QEMU_LOCK_GUARD(&wb->lock);
-
-    nb_failures = wb->nb_failures;
-    point = seqcache_flush_point(wb->cache);
     wb->nb_flushing++;
     wb_start_worker_locked(bs, wb);
 
-    while (!seqcache_is_flushed(wb->cache, point)) {
+    while (!seqcache_is_flushed(wb->cache, point) &&
+           (!bytes || seqcache_gap(wb->cache, offset, bytes) < bytes)) {
         ret = wb_new_error_locked(wb, &nb_failures);
         if (ret < 0) {
             break;
@@ -618,6 +653,30 @@ int coroutine_fn wb_co_flush(BlockDriverState *bs, WriteBehind *wb)
 
     wb->nb_flushing--;
     return ret;
+}
+
+int coroutine_fn wb_co_flush(BlockDriverState *bs, WriteBehind *wb)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    return wb_co_flush_locked(bs, wb, 0, 0);
+}
+
+int coroutine_fn wb_co_write_out(BlockDriverState *bs, WriteBehind *wb,
+                                 int64_t offset, int64_t bytes)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    if (seqcache_gap(wb->cache, offset, bytes) == bytes) {
+        return 0;
+    }
+    seqcache_finish(wb->cache, offset, bytes);
+
+    /* Looking at a large range again and again would not pay */
+    if (bytes > 16 * wb->cluster_size) {
+        bytes = 0;
+    }
+    return wb_co_flush_locked(bs, wb, offset, bytes);
 }
 
 void coroutine_fn wb_co_discard(BlockDriverState *bs, WriteBehind *wb,

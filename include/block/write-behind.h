@@ -122,7 +122,7 @@ void coroutine_fn wb_unreserve(WriteBehind *wb, uint64_t nb_clusters);
  *
  * Returns: whether a write that starts at @offset continues a stream.  The
  * answer can only become false after wb_accept(), wb_end_streams(),
- * wb_co_discard(), or while nothing is reserved.
+ * wb_co_write_out(), wb_co_discard(), or while nothing is reserved.
  */
 bool wb_continues(WriteBehind *wb, int64_t offset);
 
@@ -144,6 +144,23 @@ bool wb_continues(WriteBehind *wb, int64_t offset);
 bool coroutine_fn GRAPH_RDLOCK
 wb_accept(BlockDriverState *bs, WriteBehind *wb, uint64_t nb_clusters,
           int64_t offset, int64_t bytes, const void *buf);
+
+/**
+ * wb_overwrite:
+ * @bs: the node.
+ * @wb: the WriteBehind.
+ * @offset: where the data goes on the child.
+ * @bytes: size of the data.
+ * @buf: the data, which is copied.
+ *
+ * Replace what is cached at the start of a range, as seqcache_overwrite() does.
+ * Needs no reservation and does not yield.
+ *
+ * Returns: how many bytes from the start of the range are stored.
+ */
+int64_t coroutine_fn
+wb_overwrite(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
+             int64_t bytes, const void *buf);
 
 /**
  * wb_co_preadv_part:
@@ -180,6 +197,25 @@ wb_co_preadv_part(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
 bool wb_is_cached(WriteBehind *wb, int64_t offset, int64_t bytes);
 
 /**
+ * wb_gap:
+ * @wb: the WriteBehind.
+ * @offset: start of a range.
+ * @bytes: size of the range.
+ *
+ * Returns: how many bytes from the start of the range are not cached; 0 if its
+ * first byte is cached, @bytes if nothing of it is.
+ */
+int64_t wb_gap(WriteBehind *wb, int64_t offset, int64_t bytes);
+
+/**
+ * wb_is_dirty:
+ * @wb: the WriteBehind.
+ *
+ * Returns: whether there is cached data that is not on the child, or in flight.
+ */
+bool wb_is_dirty(WriteBehind *wb);
+
+/**
  * wb_end_streams:
  * @wb: the WriteBehind.
  *
@@ -206,6 +242,25 @@ int coroutine_fn GRAPH_RDLOCK
 wb_co_flush(BlockDriverState *bs, WriteBehind *wb);
 int co_wrapper_mixed_bdrv_rdlock
 wb_flush(BlockDriverState *bs, WriteBehind *wb);
+
+/**
+ * wb_co_write_out:
+ * @bs: the node.
+ * @wb: the WriteBehind.
+ * @offset: start of a range.
+ * @bytes: size of the range.
+ *
+ * Make room for a request to the child: end the streams in the clusters that
+ * the range touches, and write them (and what was cached before them) to the
+ * child.  Nothing that was cached in the range when this was called is cached
+ * any more when it succeeds.  Cheap if nothing of the range is cached.
+ *
+ * Returns: 0 on success; else the negative errno of a failed write, after the
+ * first failure.  The data stays cached.
+ */
+int coroutine_fn GRAPH_RDLOCK
+wb_co_write_out(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
+                int64_t bytes);
 
 /**
  * wb_co_discard, wb_discard:

@@ -632,6 +632,32 @@ static int coroutine_fn op_append(TestOp *op)
     return ret;
 }
 
+/* Fails with -EAGAIN if not all of it was cached and could be replaced */
+static int coroutine_fn op_overwrite(TestOp *op)
+{
+    Test *t = op->t;
+    g_autofree uint8_t *buf = g_malloc(op->bytes);
+    int64_t done;
+
+    fill(buf, op->offset, op->bytes, op->gen);
+    done = wb_overwrite(t->bs, t->wb, op->offset, op->bytes, buf);
+    memcpy(t->shadow + op->offset, buf, done);
+    return done == op->bytes ? 0 : -EAGAIN;
+}
+
+static int coroutine_fn op_write_out(TestOp *op)
+{
+    Test *t = op->t;
+    int ret;
+
+    bdrv_inc_in_flight(t->bs);
+    WITH_GRAPH_RDLOCK_GUARD() {
+        ret = wb_co_write_out(t->bs, t->wb, op->offset, op->bytes);
+    }
+    bdrv_dec_in_flight(t->bs);
+    return ret;
+}
+
 static bool op_done(TestOp *op)
 {
     return qatomic_load_acquire(&op->ret) != -EINPROGRESS;
@@ -733,6 +759,107 @@ static void flush_ok(Test *t)
     } while (0)
 
 /* ---- What goes to the child ---- */
+
+/* A filter makes room for a request that goes to the child */
+static void test_write_out(void)
+{
+    const TestConfig config = {
+        .cluster_size = 64 * KiB,
+        .cache_size = 4 * MiB,
+        .no_pad = true,
+    };
+    Test *t = test_new(&config);
+
+    write_ok(t, 0, 1000);
+    write_ok(t, 64 * KiB, 1000);
+    write_ok(t, 128 * KiB, 1000);
+    write_ok(t, 192 * KiB, 1000);
+    g_assert_true(wb_is_dirty(t->wb));
+
+    /* Nothing to do where nothing is cached, also in the same cluster */
+    run_ok(t, op_write_out, .offset = 129000, .bytes = 2000);
+    run_ok(t, op_write_out, .offset = MiB, .bytes = DISK_SIZE - MiB);
+    assert_no_writes(t->disk);
+
+    /* What was written before goes first; what was written later can wait */
+    disk_hold(t->disk);
+    TestOp op = { .t = t, .fn = op_write_out, .offset = 64 * KiB + 999,
+                  .bytes = 1 };
+    op_start(&op);
+    settle();
+    g_assert_false(op_done(&op));
+    disk_release(t->disk);
+    g_assert_cmpint(op_wait(&op), ==, 0);
+    g_assert_cmpint(wb_gap(t->wb, 64 * KiB, 64 * KiB), ==, 64 * KiB);
+    g_assert_false(wb_continues(t->wb, 64 * KiB + 1000));
+    assert_on_disk(t, 0, 65 * KiB);
+
+    /* Streams elsewhere go on */
+    g_assert_true(wb_continues(t->wb, 1000));
+    g_assert_true(wb_continues(t->wb, 192 * KiB + 1000));
+
+    run_ok(t, op_write_out, .offset = 0, .bytes = INT64_MAX);
+    g_assert_cmpint(wb_gap(t->wb, 0, INT64_MAX), ==, INT64_MAX);
+    g_assert_false(wb_is_dirty(t->wb));
+    assert_on_disk(t, 0, DISK_SIZE);
+    test_free(t);
+}
+
+static void test_write_out_error(void)
+{
+    const TestConfig config = {
+        .cluster_size = 64 * KiB,
+        .cache_size = 4 * MiB,
+        .no_pad = true,
+    };
+    Test *t = test_new(&config);
+
+    write_ok(t, 0, 1000);
+    disk_fail(t->disk, EIO, 0);
+    g_assert_cmpint(run(t, op_write_out, .offset = 0, .bytes = 1), ==, -EIO);
+    g_assert_true(wb_is_dirty(t->wb));
+    read_ok(t, 0, 2000);
+    disk_fail(t->disk, 0, 0);
+    run_ok(t, op_write_out, .offset = 0, .bytes = 1);
+    assert_on_disk(t, 0, 2000);
+    test_free(t);
+}
+
+static void test_overwrite(void)
+{
+    const TestConfig config = {
+        .cluster_size = 64 * KiB,
+        .cache_size = 4 * MiB,
+        .no_pad = true,
+    };
+    Test *t = test_new(&config);
+    TestOp flush = { .t = t, .fn = op_flush };
+
+    g_assert_cmpint(run(t, op_overwrite, .offset = 0, .bytes = 1), ==,
+                    -EAGAIN);
+    write_ok(t, 0, 1000);
+    run_ok(t, op_overwrite, .offset = 100, .bytes = 900, .gen = 2);
+    read_ok(t, 0, 2000);
+    flush_ok(t);
+    g_assert_false(wb_is_dirty(t->wb));
+
+    /* What is on the child already is written again */
+    run_ok(t, op_overwrite, .offset = 500, .bytes = 10, .gen = 3);
+    g_assert_true(wb_is_dirty(t->wb));
+    disk_hold(t->disk);
+    op_start(&flush);
+    settle();
+
+    /* What is in flight must stay as it is */
+    g_assert_cmpint(run(t, op_overwrite, .offset = 500, .bytes = 10,
+                        .gen = 4), ==, -EAGAIN);
+    disk_release(t->disk);
+    g_assert_cmpint(op_wait(&flush), ==, 0);
+    assert_on_disk(t, 0, 2000);
+    assert_writes(t->disk, { 0, 1000 }, { 500, 500 });
+    assert_stat(t, accepted_bytes, ==, 1910);
+    test_free(t);
+}
 
 /* Small pieces come out in order, in large aligned requests without reads */
 static void test_large_requests(void)
@@ -2679,6 +2806,9 @@ int main(int argc, char **argv)
     ADD("read/padding", test_read_padding);
     ADD("read/is-cached", test_is_cached);
     ADD("child", test_child);
+    ADD("write-out/range", test_write_out);
+    ADD("write-out/error", test_write_out_error);
+    ADD("overwrite", test_overwrite);
     ADD("stats", test_stats);
     ADD("free/pending-worker", test_free_pending);
     ADD("free/after-error", test_close_error);
