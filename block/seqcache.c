@@ -1,0 +1,713 @@
+/*
+ * seqcache filter: collect small sequential writes, write them later
+ *
+ * This work is licensed under the terms of the GNU GPL, version 2 or later.
+ * See the COPYING file in the top-level directory.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * The work is done by block/write-behind.c.  This driver decides what goes into
+ * the cache and sees to it that everything else finds the child as if there
+ * were no cache.
+ *
+ * A write is cached if it overwrites cached data or continues a stream.  A
+ * stream begins with a write that starts where an earlier one has ended, or
+ * with one that is not aligned to blocks of the child, which would be expensive
+ * there.  Others, and large aligned ones, go to the child without a copy.  So
+ * random writes cost nothing more than without the filter.
+ *
+ * Any request that goes to the child first writes out what is cached of its
+ * range.  Requests whose ranges do not overlap need not care for each other:
+ * the cache never writes a byte that was not written by its user, and the child
+ * serialises what happens inside of one block.
+ *
+ * Cached data can outlive the moment when the last parent that writes lets go.
+ * Until it is written, the filter keeps its permission to write to the child,
+ * and does not share it.  See seqcache_child_perm().
+ */
+
+#include "qemu/osdep.h"
+
+#include "block/block-io.h"
+#include "block/block_int.h"
+#include "block/write-behind.h"
+#include "qapi/error.h"
+#include "qemu/error-report.h"
+#include "qemu/main-loop.h"
+#include "qemu/module.h"
+#include "qemu/option.h"
+#include "qemu/seqcache.h"
+#include "qemu/units.h"
+#include "trace.h"
+
+#define SEQCACHE_OPT_CLUSTER_SIZE "cluster-size"
+#define SEQCACHE_OPT_CACHE_SIZE "cache-size"
+
+#define DEFAULT_CLUSTER_SIZE (64 * KiB)
+#define DEFAULT_CACHE_SIZE (16 * MiB)
+#define MAX_CACHE_SIZE (1 * GiB)
+
+/* How many sequential streams are continued at a time */
+#define MAX_STREAMS 16
+
+/* How many writes that went to the child are remembered */
+#define NB_ENDS 64
+
+typedef struct SeqCacheFilterOpts {
+    int64_t cluster_size;
+    int64_t cache_size;
+} SeqCacheFilterOpts;
+
+typedef struct BDRVSeqCacheState {
+    SeqCacheFilterOpts opts;
+
+    /* NULL if the node is read-only */
+    WriteBehind *write_behind;
+
+    /* Writes out cached data and gives back permissions on the child */
+    QEMUBH *release_bh;
+    /* Whether it has to; permissions are kept until it was successful */
+    bool release_pending;
+
+    /* Protects what follows */
+    QemuMutex lock;
+
+    /* Where the latest writes to the child have ended; -1: unused */
+    int64_t ends[NB_ENDS];
+    unsigned next_end;
+
+    /* Where the data that was ever cached ends; the child may be shorter */
+    int64_t data_end;
+} BDRVSeqCacheState;
+
+static QemuOptsList seqcache_runtime_opts = {
+    .name = "seqcache",
+    .head = QTAILQ_HEAD_INITIALIZER(seqcache_runtime_opts.head),
+    .desc = {
+        {
+            .name = SEQCACHE_OPT_CLUSTER_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Unit of caching",
+        },
+        {
+            .name = SEQCACHE_OPT_CACHE_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Maximum size of the cache",
+        },
+        { /* end of list */ }
+    },
+};
+
+/* The write size that the child prefers, if it can be the cluster size */
+static int64_t GRAPH_RDLOCK
+seqcache_default_cluster_size(BlockDriverState *child)
+{
+    int64_t size = child->bl.opt_transfer;
+    int64_t min = MAX(child->bl.request_alignment, BDRV_SECTOR_SIZE);
+
+    if (!size || !is_power_of_2(size) || size > SEQCACHE_MAX_CLUSTER_SIZE) {
+        size = DEFAULT_CLUSTER_SIZE;
+    }
+    return MIN(MAX(size, min), SEQCACHE_MAX_CLUSTER_SIZE);
+}
+
+/*
+ * Take our options out of @options.  Returns false and sets @errp if they are
+ * not valid for this child.
+ */
+static bool GRAPH_RDLOCK
+seqcache_absorb_opts(SeqCacheFilterOpts *dest, QDict *options,
+                     BlockDriverState *child, Error **errp)
+{
+    QemuOpts *opts = qemu_opts_create(&seqcache_runtime_opts, NULL, 0,
+                                      &error_abort);
+    int64_t min = MAX(child->bl.request_alignment, BDRV_SECTOR_SIZE);
+    uint64_t cluster_size, cache_size;
+    bool ok = qemu_opts_absorb_qdict(opts, options, errp);
+
+    cluster_size = qemu_opt_get_size(opts, SEQCACHE_OPT_CLUSTER_SIZE,
+                                     seqcache_default_cluster_size(child));
+    cache_size = qemu_opt_get_size(opts, SEQCACHE_OPT_CACHE_SIZE,
+                                   MAX(DEFAULT_CACHE_SIZE, 2 * cluster_size));
+    qemu_opts_del(opts);
+    if (!ok) {
+        return false;
+    }
+
+    if (!is_power_of_2(cluster_size) || cluster_size < min ||
+        cluster_size > SEQCACHE_MAX_CLUSTER_SIZE)
+    {
+        error_setg(errp, "Invalid value '%" PRIu64 "' for option '"
+                   SEQCACHE_OPT_CLUSTER_SIZE "': expected a power of two from "
+                   "%" PRId64 " (the child's block size, at least a sector) to "
+                   "%d", cluster_size, min, SEQCACHE_MAX_CLUSTER_SIZE);
+        return false;
+    }
+
+    if (cache_size < 2 * cluster_size || cache_size > MAX_CACHE_SIZE) {
+        error_setg(errp, "Invalid value '%" PRIu64 "' for option '"
+                   SEQCACHE_OPT_CACHE_SIZE "': expected a size from %" PRIu64
+                   " (two clusters) to %" PRId64, cache_size, 2 * cluster_size,
+                   (int64_t)MAX_CACHE_SIZE);
+        return false;
+    }
+
+    dest->cluster_size = cluster_size;
+    dest->cache_size = cache_size;
+    return true;
+}
+
+/*
+ * Make the cache what s->opts and @flags ask for.  If there is one already,
+ * everything in it must be on the child.
+ */
+static void seqcache_update_write_behind(BlockDriverState *bs, int flags)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+    WriteBehindOptions opts = {
+        .cache_size = s->opts.cache_size,
+        .cluster_size = s->opts.cluster_size,
+        .max_streams = MAX_STREAMS,
+        .event = BLKDBG_WRITE_AIO,
+    };
+
+    wb_free(s->write_behind);
+    s->write_behind = flags & BDRV_O_RDWR ? wb_new(bs, &opts) : NULL;
+}
+
+static void seqcache_release_bh(void *opaque);
+
+static int seqcache_open(BlockDriverState *bs, QDict *options, int flags,
+                         Error **errp)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+    int ret;
+
+    GLOBAL_STATE_CODE();
+
+    ret = bdrv_open_file_child(NULL, options, "file", bs, errp);
+    if (ret < 0) {
+        return ret;
+    }
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    if (!seqcache_absorb_opts(&s->opts, options, bs->file->bs, errp)) {
+        return -EINVAL;
+    }
+
+    if (bdrv_is_read_only(bs->file->bs)) {
+        ret = bdrv_apply_auto_read_only(bs, "The child in 'file' is read-only: "
+                                        "a seqcache node above it needs "
+                                        "'read-only=on' or "
+                                        "'auto-read-only=on'", errp);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+
+    bs->supported_write_flags = BDRV_REQ_FUA | BDRV_REQ_WRITE_UNCHANGED;
+    bs->supported_zero_flags = BDRV_REQ_FUA | BDRV_REQ_WRITE_UNCHANGED |
+                               BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK;
+
+    qemu_mutex_init(&s->lock);
+    memset(s->ends, -1, sizeof(s->ends));
+    s->release_bh = qemu_bh_new(seqcache_release_bh, bs);
+    seqcache_update_write_behind(bs, bs->open_flags);
+
+    return 0;
+}
+
+static void seqcache_close(BlockDriverState *bs)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+    int ret;
+
+    GLOBAL_STATE_CODE();
+
+    if (s->write_behind) {
+        ret = wb_flush(bs, s->write_behind);
+        if (ret < 0) {
+            error_report("Lost cached data on closing node '%s': %s",
+                         bdrv_get_device_or_node_name(bs), strerror(-ret));
+        }
+    }
+    wb_free(s->write_behind);
+    s->write_behind = NULL;
+    qemu_bh_delete(s->release_bh);
+    qemu_mutex_destroy(&s->lock);
+}
+
+/* Cached data was flushed before, or reopening has failed */
+static int seqcache_reopen_prepare(BDRVReopenState *state,
+                                   BlockReopenQueue *queue, Error **errp)
+{
+    SeqCacheFilterOpts *opts = g_new0(SeqCacheFilterOpts, 1);
+
+    GLOBAL_STATE_CODE();
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    if (!seqcache_absorb_opts(opts, state->options, state->bs->file->bs,
+                              errp)) {
+        g_free(opts);
+        return -EINVAL;
+    }
+
+    state->opaque = opts;
+    return 0;
+}
+
+static void seqcache_reopen_commit(BDRVReopenState *state)
+{
+    BDRVSeqCacheState *s = state->bs->opaque;
+
+    s->opts = *(SeqCacheFilterOpts *)state->opaque;
+    seqcache_update_write_behind(state->bs, state->flags);
+
+    g_free(state->opaque);
+    state->opaque = NULL;
+}
+
+static void seqcache_reopen_abort(BDRVReopenState *state)
+{
+    g_free(state->opaque);
+    state->opaque = NULL;
+}
+
+static bool seqcache_is_dirty(BlockDriverState *bs)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+
+    return s->write_behind && wb_is_dirty(s->write_behind);
+}
+
+/*
+ * While there is a writing parent or dirty data, the cache may write at any
+ * time and knows better than the child what its bytes are: nobody else may
+ * write there.  Dirty data keeps the permissions under which it was accepted;
+ * seqcache_release_bh() gives them back.
+ */
+static void seqcache_child_perm(BlockDriverState *bs, BdrvChild *c,
+                                BdrvChildRole role,
+                                BlockReopenQueue *reopen_queue,
+                                uint64_t perm, uint64_t shared,
+                                uint64_t *nperm, uint64_t *nshared)
+{
+    const uint64_t write = BLK_PERM_WRITE | BLK_PERM_RESIZE;
+    bool dirty = seqcache_is_dirty(bs);
+
+    bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
+
+    if (c && dirty) {
+        *nperm |= c->perm & write;
+    }
+    if ((perm & BLK_PERM_WRITE) || dirty) {
+        *nshared &= ~write;
+    }
+}
+
+static void GRAPH_RDLOCK
+seqcache_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+    bool release = !(perm & BLK_PERM_WRITE) && seqcache_is_dirty(bs);
+
+    qatomic_set(&s->release_pending, release);
+    if (release) {
+        qemu_bh_schedule(s->release_bh);
+    } else if (!(perm & BLK_PERM_WRITE) && s->write_behind) {
+        /* Others may write now: forget what is on the child already */
+        wb_end_streams(s->write_behind);
+    }
+}
+
+/* Also scheduled by seqcache_co_flush_to_os(), in case this failed before */
+static void seqcache_release_bh(void *opaque)
+{
+    BlockDriverState *bs = opaque;
+    BDRVSeqCacheState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    if (!s->release_pending || !s->write_behind) {
+        return;
+    }
+
+    bdrv_ref(bs);
+    if (wb_flush(bs, s->write_behind) == 0) {
+        bdrv_child_refresh_perms(bs, bs->file, NULL);
+    }
+    bdrv_unref(bs);
+}
+
+static int64_t coroutine_fn GRAPH_RDLOCK
+seqcache_co_getlength(BlockDriverState *bs)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+    int64_t len = bdrv_co_getlength(bs->file->bs);
+
+    QEMU_LOCK_GUARD(&s->lock);
+
+    return len < 0 ? len : MAX(len, s->data_end);
+}
+
+/* Whether this write, which is not in the cache, should begin a stream there */
+static bool seqcache_begins_stream(BDRVSeqCacheState *s, int64_t offset,
+                                   int64_t bytes, int64_t align)
+{
+    QEMU_LOCK_GUARD(&s->lock);
+
+    for (unsigned i = 0; i < NB_ENDS; i++) {
+        if (s->ends[i] == offset) {
+            s->ends[i] = -1;
+            return true;
+        }
+    }
+    return !QEMU_IS_ALIGNED(offset | bytes, align);
+}
+
+static void seqcache_remember_end(BDRVSeqCacheState *s, int64_t end)
+{
+    QEMU_LOCK_GUARD(&s->lock);
+
+    s->ends[s->next_end] = end;
+    s->next_end = (s->next_end + 1) % NB_ENDS;
+}
+
+/*
+ * Cache what lies in the first cluster of a write, if it is a write for the
+ * cache.
+ *
+ * Returns: how much was cached; 0 if the write has to go to the child; negative
+ * errno if the cache is full of data that cannot be written.
+ */
+static int64_t coroutine_fn GRAPH_RDLOCK
+seqcache_co_cache(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                  QEMUIOVector *qiov, size_t qiov_offset)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+    WriteBehind *wb = s->write_behind;
+    int64_t align = bs->file->bs->bl.request_alignment;
+    int64_t cluster_end = QEMU_ALIGN_DOWN(offset, s->opts.cluster_size) +
+                          s->opts.cluster_size;
+    int64_t n = MIN(bytes, cluster_end - offset);
+    g_autofree uint8_t *bounce = NULL;
+    bool cached = !wb_gap(wb, offset, 1);
+    const uint8_t *buf;
+    int ret;
+
+    if (!cached && !wb_continues(wb, offset) &&
+        !seqcache_begins_stream(s, offset, bytes, align)) {
+        return 0;
+    }
+
+    if (qiov->niov == 1) {
+        buf = (uint8_t *)qiov->iov[0].iov_base + qiov_offset;
+    } else {
+        buf = bounce = g_try_malloc(n);
+        if (!bounce) {
+            return -ENOMEM;
+        }
+        qemu_iovec_to_buf(qiov, qiov_offset, bounce, n);
+    }
+
+    if (cached) {
+        return wb_overwrite(bs, wb, offset, n, buf);
+    }
+
+    ret = wb_co_reserve(bs, wb, 1);
+    if (ret < 0) {
+        return ret;
+    }
+    if (!wb_accept(bs, wb, 1, offset, n, buf)) {
+        return 0;
+    }
+
+    QEMU_LOCK_GUARD(&s->lock);
+
+    s->data_end = MAX(s->data_end, offset + n);
+    return n;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+seqcache_co_write_out(BlockDriverState *bs, int64_t offset, int64_t bytes)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+
+    return s->write_behind ?
+           wb_co_write_out(bs, s->write_behind, offset, bytes) : 0;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+seqcache_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                         QEMUIOVector *qiov, size_t qiov_offset,
+                         BdrvRequestFlags flags)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+    bool large = bytes >= s->opts.cluster_size &&
+                 QEMU_IS_ALIGNED(offset | bytes,
+                                 bs->file->bs->bl.request_alignment);
+    int64_t done;
+    int ret;
+
+    while (bytes && s->write_behind && !large && !flags) {
+        done = seqcache_co_cache(bs, offset, bytes, qiov, qiov_offset);
+        if (done < 0) {
+            return done;
+        }
+        if (done == 0) {
+            break;
+        }
+        offset += done;
+        qiov_offset += done;
+        bytes -= done;
+    }
+    if (!bytes) {
+        return 0;
+    }
+
+    trace_seqcache_direct(bs, offset, bytes, flags);
+    ret = seqcache_co_write_out(bs, offset, bytes);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = bdrv_co_pwritev_part(bs->file, offset, bytes, qiov, qiov_offset,
+                               flags);
+    if (ret >= 0) {
+        seqcache_remember_end(s, offset + bytes);
+    }
+    return ret;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+seqcache_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                        QEMUIOVector *qiov, size_t qiov_offset,
+                        BdrvRequestFlags flags)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+
+    if (!s->write_behind) {
+        return bdrv_co_preadv_part(bs->file, offset, bytes, qiov, qiov_offset,
+                                   flags);
+    }
+    return wb_co_preadv_part(bs, s->write_behind, offset, bytes, qiov,
+                             qiov_offset, flags);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+seqcache_co_pwritev_compressed(BlockDriverState *bs, int64_t offset,
+                               int64_t bytes, QEMUIOVector *qiov)
+{
+    int ret = seqcache_co_write_out(bs, offset, bytes);
+
+    if (ret < 0) {
+        return ret;
+    }
+    return bdrv_co_pwritev(bs->file, offset, bytes, qiov,
+                           BDRV_REQ_WRITE_COMPRESSED);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+seqcache_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                          BdrvRequestFlags flags)
+{
+    int ret = seqcache_co_write_out(bs, offset, bytes);
+
+    if (ret < 0) {
+        return ret;
+    }
+    return bdrv_co_pwrite_zeroes(bs->file, offset, bytes, flags);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+seqcache_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
+{
+    int ret = seqcache_co_write_out(bs, offset, bytes);
+
+    if (ret < 0) {
+        return ret;
+    }
+    return bdrv_co_pdiscard(bs->file, offset, bytes);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+seqcache_co_copy_range_from(BlockDriverState *bs, BdrvChild *src,
+                            int64_t src_offset, BdrvChild *dst,
+                            int64_t dst_offset, int64_t bytes,
+                            BdrvRequestFlags read_flags,
+                            BdrvRequestFlags write_flags)
+{
+    int ret = seqcache_co_write_out(bs, src_offset, bytes);
+
+    if (ret < 0) {
+        return ret;
+    }
+    return bdrv_co_copy_range_from(bs->file, src_offset, dst, dst_offset,
+                                   bytes, read_flags, write_flags);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+seqcache_co_copy_range_to(BlockDriverState *bs, BdrvChild *src,
+                          int64_t src_offset, BdrvChild *dst,
+                          int64_t dst_offset, int64_t bytes,
+                          BdrvRequestFlags read_flags,
+                          BdrvRequestFlags write_flags)
+{
+    int ret = seqcache_co_write_out(bs, dst_offset, bytes);
+
+    if (ret < 0) {
+        return ret;
+    }
+    return bdrv_co_copy_range_to(src, src_offset, bs->file, dst_offset,
+                                 bytes, read_flags, write_flags);
+}
+
+/*
+ * Cached bytes are data; for the rest the child is asked.  Callers expect
+ * sectors, so one that is cached in part counts as cached.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+seqcache_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
+                         int64_t bytes, int64_t *pnum, int64_t *map,
+                         BlockDriverState **file)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+    int64_t block = MAX(bs->file->bs->bl.request_alignment, BDRV_SECTOR_SIZE);
+    int64_t start = QEMU_ALIGN_DOWN(offset, block);
+    int64_t end = offset + bytes;
+    int64_t len, gap;
+
+    *map = offset;
+    *file = bs->file->bs;
+    *pnum = bytes;
+    if (!s->write_behind) {
+        return BDRV_BLOCK_RAW | BDRV_BLOCK_OFFSET_VALID;
+    }
+
+    gap = wb_gap(s->write_behind, start, end - start);
+    if (gap < end - start) {
+        gap = QEMU_ALIGN_DOWN(gap, block);
+    }
+    if (gap == 0) {
+        /* No further than necessary, each step is a look-up */
+        int64_t stop = MIN(end, start + s->opts.cluster_size);
+
+        do {
+            start += block;
+        } while (start < stop && wb_gap(s->write_behind, start, block) < block);
+        *pnum = MIN(start - offset, bytes);
+        return BDRV_BLOCK_DATA;
+    }
+    *pnum = start + gap - offset;
+
+    /* Between the end of the child and cached data there are zeroes */
+    len = bdrv_co_getlength(bs->file->bs);
+    if (len < 0) {
+        return len;
+    }
+    return offset < len ? BDRV_BLOCK_RAW | BDRV_BLOCK_OFFSET_VALID :
+                          BDRV_BLOCK_ZERO;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+seqcache_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
+                     PreallocMode prealloc, BdrvRequestFlags flags,
+                     Error **errp)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+    int ret;
+
+    /* The child must have its true length, and keep no data beyond the end */
+    ret = seqcache_co_write_out(bs, 0, INT64_MAX);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Failed to write cached data");
+        return ret;
+    }
+
+    WITH_QEMU_LOCK_GUARD(&s->lock) {
+        s->data_end = MIN(s->data_end, offset);
+    }
+    return bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
+}
+
+/* The block layer flushes the child after this */
+static int coroutine_fn GRAPH_RDLOCK
+seqcache_co_flush_to_os(BlockDriverState *bs)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+    int ret;
+
+    if (!s->write_behind) {
+        return 0;
+    }
+
+    ret = wb_co_flush(bs, s->write_behind);
+    if (ret >= 0 && qatomic_read(&s->release_pending)) {
+        qemu_bh_schedule(s->release_bh);
+    }
+    return ret;
+}
+
+static int GRAPH_RDLOCK seqcache_inactivate(BlockDriverState *bs)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+
+    return s->write_behind ? wb_flush(bs, s->write_behind) : 0;
+}
+
+static BlockStatsSpecific *seqcache_get_specific_stats(BlockDriverState *bs)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+    g_autoptr(BlockStatsWriteBehind) cache_stats = NULL;
+    BlockStatsSpecific *stats;
+
+    if (!s->write_behind) {
+        return NULL;
+    }
+
+    cache_stats = wb_get_stats(s->write_behind);
+    stats = g_new0(BlockStatsSpecific, 1);
+    stats->driver = BLOCKDEV_DRIVER_SEQCACHE;
+    stats->u.seqcache = *cache_stats;
+    return stats;
+}
+
+static BlockDriver bdrv_seqcache_filter = {
+    .format_name                    = "seqcache",
+    .instance_size                  = sizeof(BDRVSeqCacheState),
+
+    .bdrv_open                      = seqcache_open,
+    .bdrv_close                     = seqcache_close,
+    .bdrv_reopen_prepare            = seqcache_reopen_prepare,
+    .bdrv_reopen_commit             = seqcache_reopen_commit,
+    .bdrv_reopen_abort              = seqcache_reopen_abort,
+    .bdrv_inactivate                = seqcache_inactivate,
+
+    .bdrv_child_perm                = seqcache_child_perm,
+    .bdrv_set_perm                  = seqcache_set_perm,
+
+    .bdrv_co_getlength              = seqcache_co_getlength,
+    .bdrv_co_truncate               = seqcache_co_truncate,
+    .bdrv_co_block_status           = seqcache_co_block_status,
+
+    .bdrv_co_preadv_part            = seqcache_co_preadv_part,
+    .bdrv_co_pwritev_part           = seqcache_co_pwritev_part,
+    .bdrv_co_pwritev_compressed     = seqcache_co_pwritev_compressed,
+    .bdrv_co_pwrite_zeroes          = seqcache_co_pwrite_zeroes,
+    .bdrv_co_pdiscard               = seqcache_co_pdiscard,
+    .bdrv_co_copy_range_from        = seqcache_co_copy_range_from,
+    .bdrv_co_copy_range_to          = seqcache_co_copy_range_to,
+    .bdrv_co_flush_to_os            = seqcache_co_flush_to_os,
+
+    .bdrv_get_specific_stats        = seqcache_get_specific_stats,
+
+    .is_filter                      = true,
+};
+
+static void bdrv_seqcache_init(void)
+{
+    bdrv_register(&bdrv_seqcache_filter);
+}
+
+block_init(bdrv_seqcache_init);
