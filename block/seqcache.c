@@ -11,10 +11,11 @@
  * were no cache.
  *
  * A write is cached if it overwrites cached data or continues a stream.  A
- * stream begins with a write that starts where an earlier one has ended, or
- * with one that is not aligned to blocks of the child, which would be expensive
- * there.  Others, and large aligned ones, go to the child without a copy.  So
- * random writes cost nothing more than without the filter.
+ * stream begins with a write that starts where an earlier one has ended (also
+ * where a cached cluster has ended, and its stream with it), or with one that
+ * is not aligned to blocks of the child, which would be expensive there.
+ * Others, and large aligned ones, go to the child without a copy.  So random
+ * writes cost nothing more than without the filter.
  *
  * Any request that goes to the child first writes out what is cached of its
  * range.  Requests whose ranges do not overlap need not care for each other:
@@ -32,12 +33,14 @@
 #include "block/block_int.h"
 #include "block/write-behind.h"
 #include "qapi/error.h"
+#include "qemu/cutils.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
 #include "qemu/option.h"
 #include "qemu/seqcache.h"
 #include "qemu/units.h"
+#include "qobject/qdict.h"
 #include "trace.h"
 
 #define SEQCACHE_OPT_CLUSTER_SIZE "cluster-size"
@@ -50,7 +53,7 @@
 /* How many sequential streams are continued at a time */
 #define MAX_STREAMS 16
 
-/* How many writes that went to the child are remembered */
+/* How many ends of writes and of cached clusters are remembered */
 #define NB_ENDS 64
 
 typedef struct SeqCacheFilterOpts {
@@ -64,7 +67,10 @@ typedef struct BDRVSeqCacheState {
     /* NULL if the node is read-only */
     WriteBehind *write_behind;
 
-    /* Writes out cached data and gives back permissions on the child */
+    /*
+     * Writes out cached data and gives back permissions on the child; NULL
+     * while the node is being opened or closed
+     */
     QEMUBH *release_bh;
     /* Whether it has to; permissions are kept until it was successful */
     bool release_pending;
@@ -72,7 +78,10 @@ typedef struct BDRVSeqCacheState {
     /* Protects what follows */
     QemuMutex lock;
 
-    /* Where the latest writes to the child have ended; -1: unused */
+    /*
+     * Where the latest writes to the child have ended, or writes into the cache
+     * at the end of a cluster; -1: unused
+     */
     int64_t ends[NB_ENDS];
     unsigned next_end;
 
@@ -85,13 +94,14 @@ static QemuOptsList seqcache_runtime_opts = {
     .head = QTAILQ_HEAD_INITIALIZER(seqcache_runtime_opts.head),
     .desc = {
         {
+            /* A size, parsed by seqcache_absorb_opts() like the next one */
             .name = SEQCACHE_OPT_CLUSTER_SIZE,
-            .type = QEMU_OPT_SIZE,
+            .type = QEMU_OPT_STRING,
             .help = "Unit of caching",
         },
         {
             .name = SEQCACHE_OPT_CACHE_SIZE,
-            .type = QEMU_OPT_SIZE,
+            .type = QEMU_OPT_STRING,
             .help = "Maximum size of the cache",
         },
         { /* end of list */ }
@@ -119,35 +129,37 @@ static bool GRAPH_RDLOCK
 seqcache_absorb_opts(SeqCacheFilterOpts *dest, QDict *options,
                      BlockDriverState *child, Error **errp)
 {
-    QemuOpts *opts = qemu_opts_create(&seqcache_runtime_opts, NULL, 0,
-                                      &error_abort);
-    int64_t min = MAX(child->bl.request_alignment, BDRV_SECTOR_SIZE);
-    uint64_t cluster_size, cache_size;
-    bool ok = qemu_opts_absorb_qdict(opts, options, errp);
+    g_autoptr(QemuOpts) opts = qemu_opts_create(&seqcache_runtime_opts, NULL,
+                                                0, &error_abort);
+    uint64_t min = MAX(child->bl.request_alignment, BDRV_SECTOR_SIZE);
+    uint64_t cluster_size = seqcache_default_cluster_size(child);
+    uint64_t cache_size;
+    const char *str;
 
-    cluster_size = qemu_opt_get_size(opts, SEQCACHE_OPT_CLUSTER_SIZE,
-                                     seqcache_default_cluster_size(child));
-    cache_size = qemu_opt_get_size(opts, SEQCACHE_OPT_CACHE_SIZE,
-                                   MAX(DEFAULT_CACHE_SIZE, 2 * cluster_size));
-    qemu_opts_del(opts);
-    if (!ok) {
+    if (!qemu_opts_absorb_qdict(opts, options, errp)) {
         return false;
     }
 
-    if (!is_power_of_2(cluster_size) || cluster_size < min ||
-        cluster_size > SEQCACHE_MAX_CLUSTER_SIZE)
+    str = qemu_opt_get(opts, SEQCACHE_OPT_CLUSTER_SIZE);
+    if (str && (qemu_strtosz(str, NULL, &cluster_size) < 0 ||
+                !is_power_of_2(cluster_size) || cluster_size < min ||
+                cluster_size > SEQCACHE_MAX_CLUSTER_SIZE))
     {
-        error_setg(errp, "Invalid value '%" PRIu64 "' for option '"
+        error_setg(errp, "Invalid value '%s' for option '"
                    SEQCACHE_OPT_CLUSTER_SIZE "': expected a power of two from "
-                   "%" PRId64 " (the child's block size, at least a sector) to "
-                   "%d", cluster_size, min, SEQCACHE_MAX_CLUSTER_SIZE);
+                   "%" PRIu64 " (the child's block size, at least a sector) to "
+                   "%d", str, min, SEQCACHE_MAX_CLUSTER_SIZE);
         return false;
     }
 
-    if (cache_size < 2 * cluster_size || cache_size > MAX_CACHE_SIZE) {
-        error_setg(errp, "Invalid value '%" PRIu64 "' for option '"
+    cache_size = MAX(DEFAULT_CACHE_SIZE, 2 * cluster_size);
+    str = qemu_opt_get(opts, SEQCACHE_OPT_CACHE_SIZE);
+    if (str && (qemu_strtosz(str, NULL, &cache_size) < 0 ||
+                cache_size < 2 * cluster_size || cache_size > MAX_CACHE_SIZE))
+    {
+        error_setg(errp, "Invalid value '%s' for option '"
                    SEQCACHE_OPT_CACHE_SIZE "': expected a size from %" PRIu64
-                   " (two clusters) to %" PRId64, cache_size, 2 * cluster_size,
+                   " (two clusters) to %" PRId64, str, 2 * cluster_size,
                    (int64_t)MAX_CACHE_SIZE);
         return false;
     }
@@ -173,6 +185,21 @@ static void seqcache_update_write_behind(BlockDriverState *bs, int flags)
 
     wb_free(s->write_behind);
     s->write_behind = flags & BDRV_O_RDWR ? wb_new(bs, &opts) : NULL;
+}
+
+/*
+ * Others may write to the child from now on: forget what is there already.
+ * There must be no dirty data.
+ */
+static void seqcache_forget_clean(BDRVSeqCacheState *s)
+{
+    if (s->write_behind) {
+        wb_end_streams(s->write_behind);
+    }
+
+    QEMU_LOCK_GUARD(&s->lock);
+
+    s->data_end = 0;
 }
 
 static void seqcache_release_bh(void *opaque);
@@ -235,22 +262,45 @@ static void seqcache_close(BlockDriverState *bs)
     wb_free(s->write_behind);
     s->write_behind = NULL;
     qemu_bh_delete(s->release_bh);
+    s->release_bh = NULL;
     qemu_mutex_destroy(&s->lock);
 }
 
-/* Cached data was flushed before, or reopening has failed */
+/*
+ * Everything was flushed before, but a parent that is reopened together with
+ * this node can have written something since.
+ */
 static int seqcache_reopen_prepare(BDRVReopenState *state,
                                    BlockReopenQueue *queue, Error **errp)
 {
+    BDRVSeqCacheState *s = state->bs->opaque;
     SeqCacheFilterOpts *opts = g_new0(SeqCacheFilterOpts, 1);
+    const char *new_child = qdict_get_try_str(state->options, "file");
+    BlockDriverState *child = NULL;
+    int ret;
 
     GLOBAL_STATE_CODE();
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    if (!seqcache_absorb_opts(opts, state->options, state->bs->file->bs,
-                              errp)) {
+    if (new_child) {
+        child = bdrv_lookup_bs(new_child, new_child, NULL);
+    }
+    if (!child) {
+        child = state->bs->file->bs;
+    }
+
+    if (!seqcache_absorb_opts(opts, state->options, child, errp)) {
         g_free(opts);
         return -EINVAL;
+    }
+
+    if (s->write_behind) {
+        ret = wb_flush(state->bs, s->write_behind);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Failed to write cached data");
+            g_free(opts);
+            return ret;
+        }
     }
 
     state->opaque = opts;
@@ -259,10 +309,21 @@ static int seqcache_reopen_prepare(BDRVReopenState *state,
 
 static void seqcache_reopen_commit(BDRVReopenState *state)
 {
-    BDRVSeqCacheState *s = state->bs->opaque;
+    BlockDriverState *bs = state->bs;
+    BDRVSeqCacheState *s = bs->opaque;
 
-    s->opts = *(SeqCacheFilterOpts *)state->opaque;
-    seqcache_update_write_behind(state->bs, state->flags);
+    /*
+     * A parent that was prepared after this node can have written something, as
+     * well.  If it cannot be written out now, keep it, and the old sizes.
+     */
+    if (!s->write_behind || wb_flush(bs, s->write_behind) == 0) {
+        s->opts = *(SeqCacheFilterOpts *)state->opaque;
+        seqcache_update_write_behind(bs, state->flags);
+        seqcache_forget_clean(s);
+    } else {
+        warn_report("Node '%s' keeps its cache: cached data cannot be written",
+                    bdrv_get_device_or_node_name(bs));
+    }
 
     g_free(state->opaque);
     state->opaque = NULL;
@@ -310,14 +371,27 @@ static void GRAPH_RDLOCK
 seqcache_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
 {
     BDRVSeqCacheState *s = bs->opaque;
-    bool release = !(perm & BLK_PERM_WRITE) && seqcache_is_dirty(bs);
+    bool release = false;
+
+    if (!s->release_bh) {
+        /* The node is being opened or closed */
+        return;
+    }
+
+    if (!(perm & BLK_PERM_WRITE)) {
+        const uint64_t write = BLK_PERM_WRITE | BLK_PERM_RESIZE;
+
+        /* What was dirty when permissions were decided may no longer be */
+        release = seqcache_is_dirty(bs) ||
+                  (bs->file && (bs->file->perm & write & ~perm));
+        if (!release) {
+            seqcache_forget_clean(s);
+        }
+    }
 
     qatomic_set(&s->release_pending, release);
     if (release) {
         qemu_bh_schedule(s->release_bh);
-    } else if (!(perm & BLK_PERM_WRITE) && s->write_behind) {
-        /* Others may write now: forget what is on the child already */
-        wb_end_streams(s->write_behind);
     }
 }
 
@@ -330,12 +404,17 @@ static void seqcache_release_bh(void *opaque)
     GLOBAL_STATE_CODE();
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    if (!s->release_pending || !s->write_behind) {
+    /* A node that is being deleted is flushed and gives back everything */
+    if (!s->release_pending || !bs->refcnt) {
         return;
     }
 
     bdrv_ref(bs);
-    if (wb_flush(bs, s->write_behind) == 0) {
+    if ((!s->write_behind || wb_flush(bs, s->write_behind) == 0) &&
+        s->release_pending)
+    {
+        qatomic_set(&s->release_pending, false);
+        seqcache_forget_clean(s);
         bdrv_child_refresh_perms(bs, bs->file, NULL);
     }
     bdrv_unref(bs);
@@ -413,7 +492,11 @@ seqcache_co_cache(BlockDriverState *bs, int64_t offset, int64_t bytes,
     }
 
     if (cached) {
-        return wb_overwrite(bs, wb, offset, n, buf);
+        n = wb_overwrite(bs, wb, offset, n, buf);
+        if (offset + n == cluster_end) {
+            seqcache_remember_end(s, cluster_end);
+        }
+        return n;
     }
 
     ret = wb_co_reserve(bs, wb, 1);
@@ -422,6 +505,9 @@ seqcache_co_cache(BlockDriverState *bs, int64_t offset, int64_t bytes,
     }
     if (!wb_accept(bs, wb, 1, offset, n, buf)) {
         return 0;
+    }
+    if (offset + n == cluster_end) {
+        seqcache_remember_end(s, cluster_end);
     }
 
     QEMU_LOCK_GUARD(&s->lock);
@@ -448,10 +534,13 @@ seqcache_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
     bool large = bytes >= s->opts.cluster_size &&
                  QEMU_IS_ALIGNED(offset | bytes,
                                  bs->file->bs->bl.request_alignment);
+    /* A hint about @qiov does not matter for a copy */
+    bool cache = s->write_behind && !large &&
+                 !(flags & ~BDRV_REQ_REGISTERED_BUF);
     int64_t done;
     int ret;
 
-    while (bytes && s->write_behind && !large && !flags) {
+    while (bytes && cache) {
         done = seqcache_co_cache(bs, offset, bytes, qiov, qiov_offset);
         if (done < 0) {
             return done;
