@@ -150,6 +150,30 @@ def finish_job(machine: Machine) -> None:
     machine.cmd('job-dismiss', {'id': job(machine)['id']})
 
 
+def export_nbd(machine: Machine, node: str) -> str:
+    '''Let NBD clients read the node; returns the URI'''
+    sock = os.path.join(iotests.sock_dir, f'export-{node}.sock')
+    machine.cmd('nbd-server-start', {
+        'addr': {'type': 'unix', 'data': {'path': sock}}
+    })
+    machine.cmd('block-export-add', {
+        'type': 'nbd', 'id': f'export-{node}', 'node-name': node, 'name': node
+    })
+    return f'nbd+unix:///{node}?socket={sock}'
+
+
+def guest_bytes(image: str, *args: str, offset: int = 0,
+                size: int = -1) -> bytes:
+    '''What the guest sees; @args are for qemu-img convert'''
+    path = os.path.join(iotests.test_dir, 'guest-bytes')
+    iotests.qemu_img('convert', '-f', 'qcow2', '-O', 'raw', *args, image, path)
+    with open(path, 'rb') as f:
+        f.seek(offset)
+        data = f.read(size)
+    os.remove(path)
+    return data
+
+
 def check_clean(path: str) -> None:
     '''qemu-img check finds neither errors nor leaks'''
     result = iotests.qemu_img_check('-f', 'qcow2', path)
@@ -222,6 +246,17 @@ class QemuIo(iotests.QemuIoInteractive):
 
     def __init__(self, image_opts: str, *args: str) -> None:
         super().__init__(*args, '--image-opts', image_opts)
+        self._output = ''
+
+    def _read_output(self) -> str:
+        # What the base class does takes seconds for a dump
+        prompt = 'qemu-io> '
+        while prompt not in self._output:
+            piece = os.read(self._p.stdout.fileno(), MiB)
+            assert piece, f'qemu-io ended: {self._output}'
+            self._output += piece.decode('ascii', 'replace')
+        out, self._output = self._output.split(prompt, 1)
+        return out
 
     def cmd(self, cmd: str) -> str:
         with iotests.Timeout(60, f'no answer to {cmd}'):
@@ -231,6 +266,11 @@ class QemuIo(iotests.QemuIoInteractive):
     def kill(self) -> None:
         self._p.kill()
         self._p.communicate()
+
+    def send(self, cmds: List[str]) -> None:
+        '''Send commands without waiting; only kill() is allowed afterwards'''
+        self._p.stdin.write(''.join(cmd + '\n' for cmd in cmds))
+        self._p.stdin.flush()
 
     def read(self, offset: int, size: int) -> bytes:
         out = self.cmd(f'read -v {offset} {size}')
@@ -254,7 +294,7 @@ class QemuIo(iotests.QemuIoInteractive):
 
     def close(self) -> str:
         '''Quit; returns what was printed meanwhile'''
-        out: str = self._p.communicate('q\n', timeout=60)[0]
+        out: str = self._output + self._p.communicate('q\n', timeout=60)[0]
         assert self._p.returncode >= 0, out
         return out
 
@@ -293,27 +333,33 @@ class NbdDisk:
     An NBD server for a raw file, whose size must be a multiple of the block
     size.  It insists on aligned requests like a disk with large blocks, and
     writes down all that it gets.  Use it as a context manager, or start() it.
+    From fill() to free(), all that would change it fails with @error.
     '''
 
     log_re = re.compile(r' (Read|Write|Zero) id=\d+ offset=(0x[0-9a-f]+) '
                         r'count=(0x[0-9a-f]+) ')
 
     def __init__(self, path: str, name: str = 'nbd',
-                 block_size: int = 4096) -> None:
+                 block_size: int = 4096, error: str = 'ENOSPC') -> None:
         self.sock = os.path.join(iotests.sock_dir, name + '.sock')
         self.log = os.path.join(iotests.test_dir, name + '.log')
         self.pid_file = os.path.join(iotests.test_dir, name + '.pid')
+        self.full_file = os.path.join(iotests.test_dir, name + '.full')
         self.uri = f'nbd+unix:///?socket={self.sock}'
         self.node: Dict[str, Any] = {
             'driver': 'nbd', 'server': {'type': 'unix', 'path': self.sock}
         }
         self.args = [
-            'nbdkit', '--foreground', '--exit-with-parent', '--unix',
-            self.sock, '--pidfile', self.pid_file, '--filter=log',
-            '--filter=blocksize-policy', 'file', path, f'logfile={self.log}',
-            f'blocksize-minimum={block_size}', 'blocksize-preferred=65536',
-            'blocksize-error-policy=error'
+            'nbdkit', '--log=null', '--foreground', '--exit-with-parent',
+            '--unix', self.sock, '--pidfile', self.pid_file, '--filter=log',
+            '--filter=blocksize-policy', '--filter=error', 'file', path,
+            f'logfile={self.log}', f'blocksize-minimum={block_size}',
+            'blocksize-preferred=65536', 'blocksize-error-policy=error'
         ]
+        for request in ('pwrite', 'zero', 'trim'):
+            self.args += [f'error-{request}={error}',
+                          f'error-{request}-rate=100%',
+                          f'error-{request}-file={self.full_file}']
         self._p: 'Optional[subprocess.Popen[bytes]]' = None
 
     def run(self) -> None:
@@ -328,8 +374,14 @@ class NbdDisk:
         assert self._p is not None
         self._p.terminate()
         self._p.wait()
-        for path in (self.sock, self.log, self.pid_file):
+        for path in (self.sock, self.log, self.pid_file, self.full_file):
             iotests.try_remove(path)
+
+    def fill(self) -> None:
+        write_file(self.full_file, b'')
+
+    def free(self) -> None:
+        os.remove(self.full_file)
 
     def __enter__(self) -> 'NbdDisk':
         self.run()
