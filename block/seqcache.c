@@ -233,9 +233,12 @@ static int seqcache_open(BlockDriverState *bs, QDict *options, int flags,
         }
     }
 
-    bs->supported_write_flags = BDRV_REQ_FUA | BDRV_REQ_WRITE_UNCHANGED;
-    bs->supported_zero_flags = BDRV_REQ_FUA | BDRV_REQ_WRITE_UNCHANGED |
-                               BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK;
+    /* A flush of this node replaces FUA if the child does not support it */
+    bs->supported_write_flags = BDRV_REQ_WRITE_UNCHANGED |
+        (BDRV_REQ_FUA & bs->file->bs->supported_write_flags);
+    bs->supported_zero_flags = BDRV_REQ_WRITE_UNCHANGED |
+        ((BDRV_REQ_FUA | BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK) &
+         bs->file->bs->supported_zero_flags);
 
     qemu_mutex_init(&s->lock);
     memset(s->ends, -1, sizeof(s->ends));
@@ -420,15 +423,20 @@ static void seqcache_release_bh(void *opaque)
     bdrv_unref(bs);
 }
 
+static int64_t seqcache_data_end(BDRVSeqCacheState *s)
+{
+    QEMU_LOCK_GUARD(&s->lock);
+
+    return s->data_end;
+}
+
 static int64_t coroutine_fn GRAPH_RDLOCK
 seqcache_co_getlength(BlockDriverState *bs)
 {
     BDRVSeqCacheState *s = bs->opaque;
     int64_t len = bdrv_co_getlength(bs->file->bs);
 
-    QEMU_LOCK_GUARD(&s->lock);
-
-    return len < 0 ? len : MAX(len, s->data_end);
+    return len < 0 ? len : MAX(len, seqcache_data_end(s));
 }
 
 /* Whether this write, which is not in the cache, should begin a stream there */
@@ -695,8 +703,24 @@ seqcache_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
     if (len < 0) {
         return len;
     }
-    return offset < len ? BDRV_BLOCK_RAW | BDRV_BLOCK_OFFSET_VALID :
-                          BDRV_BLOCK_ZERO;
+    if (offset >= len) {
+        return BDRV_BLOCK_ZERO;
+    }
+
+    /*
+     * If there is cached data after the end of the child, its last block must
+     * not come with BDRV_BLOCK_EOF.  Call it data.
+     */
+    if (offset + *pnum >= len && seqcache_data_end(s) > len) {
+        int64_t last = QEMU_ALIGN_DOWN(len - 1, block);
+
+        if (offset >= last) {
+            *pnum = MIN(*pnum, len - offset);
+            return BDRV_BLOCK_DATA;
+        }
+        *pnum = last - offset;
+    }
+    return BDRV_BLOCK_RAW | BDRV_BLOCK_OFFSET_VALID;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -762,12 +786,18 @@ static BlockStatsSpecific *seqcache_get_specific_stats(BlockDriverState *bs)
     return stats;
 }
 
+/* What can be reset to its default when the node is reopened */
+static const char *const seqcache_mutable_opts[] = {
+    SEQCACHE_OPT_CLUSTER_SIZE, SEQCACHE_OPT_CACHE_SIZE, NULL
+};
+
 static BlockDriver bdrv_seqcache_filter = {
     .format_name                    = "seqcache",
     .instance_size                  = sizeof(BDRVSeqCacheState),
 
     .bdrv_open                      = seqcache_open,
     .bdrv_close                     = seqcache_close,
+    .mutable_opts                   = seqcache_mutable_opts,
     .bdrv_reopen_prepare            = seqcache_reopen_prepare,
     .bdrv_reopen_commit             = seqcache_reopen_commit,
     .bdrv_reopen_abort              = seqcache_reopen_abort,
