@@ -1,0 +1,156 @@
+# What the tests of the filter node seqcache share
+#
+# This work is licensed under the terms of the GNU GPL, version 2 or later.
+# See the COPYING file in the top-level directory.
+#
+# SPDX-License-Identifier: GPL-2.0-or-later
+
+import os
+from typing import Any, Dict, List, Union
+
+from qcow2_compressed_cache import Machine, QemuIo, dashes, hmp_io, opts
+import iotests
+from iotests import qemu_io
+
+
+NodeRef = Union[str, Dict[str, Any]]
+
+
+def filter_node(name: str, file: NodeRef, **kwargs: Any) -> Dict[str, Any]:
+    return {'driver': 'seqcache', 'node-name': name, 'file': file,
+            **dashes(kwargs)}
+
+
+def flat_opts(node: Dict[str, Any]) -> str:
+    '''The options of a node, as --image-opts takes them'''
+    def flatten(prefix: str, value: Any) -> List[str]:
+        if isinstance(value, dict):
+            items = value.items()
+        elif isinstance(value, list):
+            items = enumerate(value)
+        else:
+            if isinstance(value, bool):
+                value = 'on' if value else 'off'
+            return [f'{prefix}={value}']
+        return [option for key, child in items
+                for option in flatten(f'{prefix}.{key}' if prefix
+                                      else str(key), child)]
+
+    return ','.join(flatten('', node))
+
+
+def filter_stats(machine: Machine, node: str) -> Dict[str, int]:
+    '''The statistics of the filter's cache, {} if it has none'''
+    nodes: Any = machine.cmd('query-blockstats', {'query-nodes': True})
+    for stats in nodes:
+        if stats['node-name'] == node:
+            specific = stats.get('driver-specific', {'driver': 'seqcache'})
+            assert specific.pop('driver') == 'seqcache'
+            return dict(specific)
+    raise AssertionError(f'no node {node}')
+
+
+def is_dirty(machine: Machine, node: str) -> bool:
+    '''
+    Whether more was accepted than was written, if nothing was overwritten or
+    written twice
+    '''
+    stats = filter_stats(machine, node)
+    return stats['accepted-bytes'] > stats['issued-bytes']
+
+
+def virtual_size(machine: Machine, node: str) -> int:
+    nodes: Any = machine.cmd('query-named-block-nodes')
+    return next(int(n['image']['virtual-size']) for n in nodes
+                if n['node-name'] == node)
+
+
+class Server:
+    '''The NBD server of a machine'''
+
+    def __init__(self, case: iotests.QMPTestCase, machine: Machine,
+                 name: str = 'server') -> None:
+        self.case = case
+        self.machine = machine
+        self.sock = os.path.join(iotests.sock_dir, f'{name}.sock')
+        machine.cmd('nbd-server-start', {
+            'addr': {'type': 'unix', 'data': {'path': self.sock}},
+            'max-connections': 0
+        })
+
+    def export(self, node: str, writable: bool = True,
+               **kwargs: Any) -> 'Export':
+        return Export(self, node, writable, **kwargs)
+
+
+class Export:
+    '''
+    A parent of a node, and a client.  What the client writes stays in the
+    node's cache unless somebody flushes.
+    '''
+    def __init__(self, server: Server, node: str, writable: bool,
+                 **kwargs: Any) -> None:
+        self.machine = server.machine
+        self.name = f'{node}-{"rw" if writable else "ro"}'
+        self.machine.cmd('block-export-add', {
+            'type': 'nbd', 'id': self.name, 'node-name': node,
+            'name': self.name, 'writable': writable, **dashes(kwargs)
+        })
+        self.opts = opts(driver='nbd', export=self.name, server__type='unix',
+                         server__path=server.sock)
+        self.io = QemuIo(self.opts, *([] if writable else ['-r']))
+        server.case.addCleanup(self.io.kill)
+
+    def flush(self) -> bool:
+        '''Whether a flush succeeds'''
+        return qemu_io('-c', 'flush', '--image-opts', self.opts,
+                       check=False).returncode == 0
+
+    def remove(self) -> None:
+        '''Let go of the node without a flush'''
+        self.io.kill()
+        self.machine.cmd('block-export-del', id=self.name, mode='hard')
+        if isinstance(self.machine, iotests.VM):
+            event = self.machine.event_wait('BLOCK_EXPORT_DELETED',
+                                            timeout=60.0)
+        else:
+            event = self.machine.get_qmp().pull_event(wait=60.0)
+        assert event is not None and event['data']['id'] == self.name
+
+
+def launch_with_controller(case: iotests.QMPTestCase, *args: str,
+                           may_fail: bool = False, **kwargs: Any
+                           ) -> iotests.VM:
+    '''As launch_vm(), but disks can be plugged in'''
+    def shutdown() -> None:
+        vm.shutdown()
+        for word in () if may_fail else ('failed', 'rror', 'Lost'):
+            case.assertNotIn(word, vm.get_log() or '')
+
+    vm = iotests.VM()
+    vm.add_args(*args)
+    vm.add_device(opts(**{'driver': 'virtio-scsi', 'id': 'scsi', **kwargs}))
+    vm.launch()
+    case.addCleanup(shutdown)
+    return vm
+
+
+class Disk:
+    '''A disk of a guest; it can be unplugged'''
+
+    def __init__(self, vm: iotests.VM, node: str, driver: str = 'scsi-hd',
+                 **kwargs: Any) -> None:
+        self.vm = vm
+        self.name = f'disk-{node}'
+        vm.cmd('device_add', {'driver': driver, 'id': self.name,
+                              'drive': node, 'bus': 'scsi.0',
+                              **dashes(kwargs)})
+
+    def io(self, cmd: str) -> None:
+        '''What it prints is in the log of the VM'''
+        hmp_io(self.vm, self.name, cmd, qdev=True)
+
+    def unplug(self) -> None:
+        self.vm.cmd('device_del', id=self.name)
+        event = self.vm.event_wait('DEVICE_DELETED', timeout=60.0)
+        assert event is not None and event['data']['device'] == self.name
