@@ -30,12 +30,16 @@ demo:
 	@scripts/deps test
 	@scripts/demo
 
+check-filtered:
+	@scripts/build --test-hooks
+	@scripts/check-filtered $(TESTS)
+
 stock-results:
 	@scripts/build --stock
 	@scripts/check --write-stock-results iotests
 
 clean:
-	rm -rf build build-* qemu cache/source*
+	rm -rf build build-* qemu qemu-test cache/source*
 
 distclean: clean
 	rm -rf cache
@@ -47,6 +51,9 @@ help:
 	@echo 'make check-standalone  the tests that need glib alone'
 	@echo 'make check-unit        the unit tests inside QEMU'
 	@echo 'make check-iotests     our iotests and those of qcow2 compression'
+	@echo 'make check-filtered    all iotests of QEMU for raw and qcow2, without'
+	@echo '                       and with a seqcache node below each image; hours;'
+	@echo '                       TESTS="raw:001 qcow2:013 ..." runs only these'
 	@echo 'make stock-results     rebuild the list of what an unpatched QEMU'
 	@echo '                       does in the iotests of qcow2 compression'
 	@echo 'make clean             remove the prepared tree and all builds'
@@ -64,5 +71,5 @@ help:
 	@echo '                           CONFIGURE_FLAGS="--enable-asan --enable-ubsan"'
 	@echo 'V=1                    show the whole output of each step'
 
-.PHONY: all check check-standalone check-unit check-iotests demo \
-        stock-results clean distclean help
+.PHONY: all check check-standalone check-unit check-iotests check-filtered \
+        demo stock-results clean distclean help
