@@ -1,0 +1,447 @@
+/*
+ * A disk that is nothing but block status, for tests of the cacheextents filter
+ *
+ * This work is licensed under the terms of the GNU GPL, version 2 or later.
+ * See the COPYING file in the top-level directory.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * The disk yields before and after what a request does, can hold requests at
+ * both places, and remembers what the status of each of its blocks was at what
+ * time.  So an answer can be compared with all that was true while the question
+ * was in flight.
+ */
+
+#ifndef TESTS_UNIT_CACHEEXTENTS_DISK_H
+#define TESTS_UNIT_CACHEEXTENTS_DISK_H
+
+#include "block/block-extents.h"
+#include "block/block_int.h"
+#include "qapi/error.h"
+#include "qobject/qdict.h"
+#include "system/block-backend.h"
+
+#define MAX_BLOCKS 512
+#define HISTORY 64
+
+#define DATA (BDRV_BLOCK_DATA | BDRV_BLOCK_OFFSET_VALID)
+#define ZERO (BDRV_BLOCK_ZERO | BDRV_BLOCK_OFFSET_VALID)
+#define DATA_ZERO (DATA | BDRV_BLOCK_ZERO)
+#define UNKNOWN BDRV_BLOCK_OFFSET_VALID
+
+typedef struct DiskConfig {
+    int64_t len;        /* at the beginning; a multiple of @align */
+    int64_t grain;      /* size of a block */
+    uint32_t align;     /* request alignment */
+    int64_t reach;      /* one answer covers at most this much; 0: no limit */
+    bool one;           /* it has no bdrv_co_block_extents */
+    bool random;        /* yields and short answers at random */
+} DiskConfig;
+
+typedef struct Status {
+    uint64_t since;
+    int flags;
+} Status;
+
+/* Where requests are held */
+enum { HOLD_NEVER, HOLD_BEFORE, HOLD_AFTER };
+
+typedef struct Disk {
+    DiskConfig config;
+
+    /* Protects everything below */
+    QemuMutex lock;
+    int64_t len;
+    uint64_t now;       /* counts the changes */
+    /* The latest ones come last; those that were never made are 0 */
+    Status history[MAX_BLOCKS][HISTORY];
+    GRand *rand;
+
+    int hold_questions;
+    int hold_changes;
+    CoQueue held_questions;
+    CoQueue held_changes;
+    unsigned nb_held;
+
+    unsigned percent_bad; /* of all requests */
+    int question_error;
+    unsigned connection;  /* counts reconnects */
+
+    unsigned nb_questions;
+    unsigned nb_answered; /* extents */
+} Disk;
+
+static BlockDriver bdrv_disk, bdrv_disk_one;
+
+static int disk_open(BlockDriverState *bs, QDict *options, int flags,
+                     Error **errp)
+{
+    Disk *d = bs->opaque;
+
+    qemu_mutex_init(&d->lock);
+    qemu_co_queue_init(&d->held_questions);
+    qemu_co_queue_init(&d->held_changes);
+    d->rand = g_rand_new_with_seed(1);
+    d->len = qdict_get_int(options, "len");
+    bs->supported_zero_flags = BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK;
+    qdict_del(options, "len");
+    return 0;
+}
+
+static void disk_close(BlockDriverState *bs)
+{
+    Disk *d = bs->opaque;
+
+    g_rand_free(d->rand);
+    qemu_mutex_destroy(&d->lock);
+}
+
+static void disk_refresh_limits(BlockDriverState *bs, Error **errp)
+{
+    Disk *d = bs->opaque;
+
+    bs->bl.request_alignment = d->config.align ?: 512;
+}
+
+static int64_t coroutine_fn disk_co_getlength(BlockDriverState *bs)
+{
+    Disk *d = bs->opaque;
+
+    QEMU_LOCK_GUARD(&d->lock);
+    return d->len;
+}
+
+/* d->lock is held for all functions whose names say so */
+static int disk_flags_locked(Disk *d, int64_t block)
+{
+    return d->history[block][HISTORY - 1].flags;
+}
+
+static void disk_set_locked(Disk *d, int64_t block, int flags)
+{
+    Status *h = d->history[block];
+
+    memmove(h, h + 1, (HISTORY - 1) * sizeof(*h));
+    h[HISTORY - 1] = (Status) { .since = ++d->now, .flags = flags };
+}
+
+static bool disk_chance(Disk *d, int percent)
+{
+    return d->config.random && g_rand_int_range(d->rand, 0, 100) < percent;
+}
+
+static void coroutine_fn disk_hop_locked(Disk *d)
+{
+    while (disk_chance(d, 40)) {
+        qemu_mutex_unlock(&d->lock);
+        aio_co_schedule(qemu_get_current_aio_context(), qemu_coroutine_self());
+        qemu_coroutine_yield();
+        qemu_mutex_lock(&d->lock);
+    }
+}
+
+static void coroutine_fn disk_wait_locked(Disk *d, bool question, int where)
+{
+    while ((question ? d->hold_questions : d->hold_changes) == where) {
+        d->nb_held++;
+        qemu_co_queue_wait(question ? &d->held_questions : &d->held_changes,
+                           &d->lock);
+        d->nb_held--;
+    }
+    disk_hop_locked(d);
+}
+
+/* ---- Questions ---- */
+
+/* Where the extent that begins at @offset ends, at most at @end */
+static int64_t disk_extent_end_locked(Disk *d, int64_t offset, int64_t end)
+{
+    int64_t block = offset / d->config.grain;
+    int flags = disk_flags_locked(d, block);
+
+    do {
+        block++;
+    } while (block * d->config.grain < end &&
+             disk_flags_locked(d, block) == flags && !disk_chance(d, 3));
+    return MIN(block * d->config.grain, end);
+}
+
+static int coroutine_fn
+disk_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
+                     int64_t bytes, int64_t *pnum, int64_t *map,
+                     BlockDriverState **file)
+{
+    Disk *d = bs->opaque;
+    int64_t block = offset / d->config.grain;
+    int flags;
+
+    QEMU_LOCK_GUARD(&d->lock);
+    d->nb_questions++;
+    disk_wait_locked(d, true, HOLD_BEFORE);
+    if (d->question_error || disk_chance(d, d->percent_bad)) {
+        return d->question_error ?: -EIO;
+    }
+    flags = want_zero ? disk_flags_locked(d, block) : DATA;
+    *pnum = bytes;
+    for (int64_t pos = offset; want_zero && pos < offset + bytes; block++) {
+        if (disk_flags_locked(d, block) != flags) {
+            *pnum = pos - offset;
+            break;
+        }
+        pos = (block + 1) * d->config.grain;
+    }
+    *map = offset;
+    *file = bs;
+    disk_wait_locked(d, true, HOLD_AFTER);
+    return flags;
+}
+
+static int coroutine_fn
+disk_co_block_extents(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                      unsigned max, GArray *extents)
+{
+    Disk *d = bs->opaque;
+    guint first = extents->len;
+    unsigned connection;
+    int64_t reach = MIN(bytes, d->config.reach ?: bytes);
+
+    g_assert(QEMU_IS_ALIGNED(offset | bytes, bs->bl.request_alignment));
+    QEMU_LOCK_GUARD(&d->lock);
+    do {
+        int64_t pos = offset;
+
+        g_array_set_size(extents, first);
+        d->nb_questions++;
+        disk_wait_locked(d, true, HOLD_BEFORE);
+        if (d->question_error || disk_chance(d, d->percent_bad)) {
+            return d->question_error ?: -EIO;
+        }
+        connection = d->connection;
+        /* The server needs not look at everything at the same time */
+        while (pos < offset + reach && extents->len < first + max &&
+               (pos == offset || !disk_chance(d, 2))) {
+            BdrvBlockExtent e = {
+                .flags = disk_flags_locked(d, pos / d->config.grain),
+                .bytes = disk_extent_end_locked(d, pos, offset + reach) - pos,
+            };
+
+            g_array_append_val(extents, e);
+            d->nb_answered++;
+            pos += e.bytes;
+            if (disk_chance(d, 5)) {
+                disk_hop_locked(d);
+            }
+        }
+        disk_wait_locked(d, true, HOLD_AFTER);
+    } while (connection != d->connection);
+    return 0;
+}
+
+/* ---- Changes ---- */
+
+/*
+ * Blocks that are covered in whole become @inside, those at the edges become
+ * @edge; -1: stay as they are.  If it fails, a part may have been done.
+ */
+static int coroutine_fn disk_change(BlockDriverState *bs, int64_t offset,
+                                    int64_t bytes, int inside, int edge)
+{
+    Disk *d = bs->opaque;
+    int64_t end = offset + bytes;
+    int ret = 0;
+
+    QEMU_LOCK_GUARD(&d->lock);
+    disk_wait_locked(d, false, HOLD_BEFORE);
+    for (int64_t block = offset / d->config.grain;
+         block * d->config.grain < end; block++) {
+        int64_t start = block * d->config.grain;
+        bool whole = start >= offset && start + d->config.grain <= end;
+
+        if (disk_chance(d, d->percent_bad)) {
+            ret = -EIO;
+            break;
+        }
+        if ((whole ? inside : edge) >= 0) {
+            disk_set_locked(d, block, whole ? inside : edge);
+        }
+        if (disk_chance(d, 5)) {
+            disk_hop_locked(d);
+        }
+    }
+    d->len = MAX(d->len, ret < 0 || inside < 0 ? 0 : end);
+    disk_wait_locked(d, false, HOLD_AFTER);
+    return ret;
+}
+
+static int coroutine_fn disk_co_pwritev(BlockDriverState *bs, int64_t offset,
+                                        int64_t bytes, QEMUIOVector *qiov,
+                                        BdrvRequestFlags flags)
+{
+    return disk_change(bs, offset, bytes, DATA, DATA);
+}
+
+static int coroutine_fn
+disk_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                      BdrvRequestFlags flags)
+{
+    return disk_change(bs, offset, bytes,
+                       flags & BDRV_REQ_MAY_UNMAP ? ZERO : DATA_ZERO, DATA);
+}
+
+static int coroutine_fn disk_co_pdiscard(BlockDriverState *bs, int64_t offset,
+                                         int64_t bytes)
+{
+    Disk *d = bs->opaque;
+
+    return disk_change(bs, offset, bytes,
+                       disk_chance(d, 50) ? ZERO : UNKNOWN, -1);
+}
+
+static int coroutine_fn
+disk_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
+                 PreallocMode prealloc, BdrvRequestFlags flags, Error **errp)
+{
+    Disk *d = bs->opaque;
+
+    QEMU_LOCK_GUARD(&d->lock);
+    disk_wait_locked(d, false, HOLD_BEFORE);
+    for (int64_t block = DIV_ROUND_UP(offset, d->config.grain);
+         block < MAX_BLOCKS; block++) {
+        disk_set_locked(d, block, ZERO);
+    }
+    d->len = offset;
+    disk_wait_locked(d, false, HOLD_AFTER);
+    return 0;
+}
+
+static int coroutine_fn disk_co_preadv(BlockDriverState *bs, int64_t offset,
+                                       int64_t bytes, QEMUIOVector *qiov,
+                                       BdrvRequestFlags flags)
+{
+    qemu_iovec_memset(qiov, 0, 0, bytes);
+    return 0;
+}
+
+#define DISK_CALLBACKS                                          \
+    .instance_size              = sizeof(Disk),                 \
+    .bdrv_open                  = disk_open,                    \
+    .bdrv_close                 = disk_close,                   \
+    .bdrv_child_perm            = bdrv_default_perms,           \
+    .bdrv_refresh_limits        = disk_refresh_limits,          \
+    .bdrv_co_getlength          = disk_co_getlength,            \
+    .bdrv_co_preadv             = disk_co_preadv,               \
+    .bdrv_co_pwritev            = disk_co_pwritev,              \
+    .bdrv_co_pwrite_zeroes      = disk_co_pwrite_zeroes,        \
+    .bdrv_co_pdiscard           = disk_co_pdiscard,             \
+    .bdrv_co_truncate           = disk_co_truncate,             \
+    .bdrv_co_block_status       = disk_co_block_status
+
+static BlockDriver bdrv_disk = {
+    .format_name                = "cacheextents-test-disk",
+    .bdrv_co_block_extents      = disk_co_block_extents,
+    DISK_CALLBACKS,
+};
+
+/* One that does not know questions for many extents */
+static BlockDriver bdrv_disk_one = {
+    .format_name                = "cacheextents-test-disk-one",
+    DISK_CALLBACKS,
+};
+
+/* ---- What tests do with it ---- */
+
+static BlockDriverState *disk_new(const char *name, const DiskConfig *config)
+{
+    QDict *opts = qdict_new();
+    BlockDriverState *bs;
+    Disk *d;
+
+    g_assert(config->len <= MAX_BLOCKS * config->grain);
+    qdict_put_int(opts, "len", config->len);
+    bs = bdrv_new_open_driver_opts(config->one ? &bdrv_disk_one : &bdrv_disk,
+                                   name, opts, BDRV_O_RDWR | BDRV_O_UNMAP,
+                                   &error_abort);
+    d = bs->opaque;
+    d->config = *config;
+    for (int64_t block = 0; block < MAX_BLOCKS; block++) {
+        disk_set_locked(d, block, ZERO);
+    }
+    bdrv_graph_rdlock_main_loop();
+    bdrv_refresh_limits(bs, NULL, &error_abort);
+    bdrv_graph_rdunlock_main_loop();
+    return bs;
+}
+
+static inline void disk_hold(Disk *d, int questions, int changes)
+{
+    bool wake_questions, wake_changes;
+
+    QEMU_LOCK_GUARD(&d->lock);
+    wake_questions = d->hold_questions != questions;
+    wake_changes = d->hold_changes != changes;
+    d->hold_questions = questions;
+    d->hold_changes = changes;
+    if (wake_questions) {
+        qemu_co_enter_all(&d->held_questions, &d->lock);
+    }
+    if (wake_changes) {
+        qemu_co_enter_all(&d->held_changes, &d->lock);
+    }
+}
+
+static inline void disk_set(Disk *d, int64_t offset, int64_t bytes, int flags)
+{
+    QEMU_LOCK_GUARD(&d->lock);
+    for (int64_t b = offset / d->config.grain;
+         b * d->config.grain < offset + bytes; b++) {
+        disk_set_locked(d, b, flags);
+    }
+}
+
+static inline uint64_t disk_now(Disk *d)
+{
+    QEMU_LOCK_GUARD(&d->lock);
+    return d->now;
+}
+
+/*
+ * Whether @offset had this status at some time since @start.  It may be called
+ * data because it shares a sector with data.  Without questions for many
+ * extents, the block layer's own hint can call something data that was data.
+ */
+static inline bool disk_was(Disk *d, uint64_t start, int64_t offset, int flags)
+{
+    const Status *h;
+
+    QEMU_LOCK_GUARD(&d->lock);
+    if (flags == DATA && (d->config.one || d->config.grain < 512)) {
+        return true;
+    }
+    h = d->history[offset / d->config.grain];
+    for (int i = HISTORY - 1; i >= 0; i--) {
+        if (h[i].flags == flags) {
+            return true;
+        }
+        if (h[i].since <= start) {
+            return false;
+        }
+    }
+    /* Too long ago */
+    return true;
+}
+
+/* Everything is different all of a sudden, and the driver says so */
+static inline void disk_reconnect(BlockDriverState *bs)
+{
+    static const int states[] = { DATA, ZERO, UNKNOWN, DATA_ZERO };
+    Disk *d = bs->opaque;
+
+    QEMU_LOCK_GUARD(&d->lock);
+    bdrv_block_status_changed(bs);
+    d->connection++;
+    for (int64_t b = 0; b < MAX_BLOCKS; b++) {
+        disk_set_locked(d, b, states[g_rand_int_range(d->rand, 0, 4)]);
+    }
+}
+
+#endif /* TESTS_UNIT_CACHEEXTENTS_DISK_H */
