@@ -317,8 +317,7 @@ static void cacheextents_end_change(BlockDriverState *bs,
 /* Whether nobody but us can change the child, as far as this process goes */
 static bool GRAPH_RDLOCK cacheextents_can_keep(BlockDriverState *bs)
 {
-    return !(bs->open_flags & BDRV_O_INACTIVE) &&
-           !(bs->file->shared_perm & (BLK_PERM_WRITE | BLK_PERM_RESIZE));
+    return !(bs->file->shared_perm & (BLK_PERM_WRITE | BLK_PERM_RESIZE));
 }
 
 /* Forget what is no longer true.  Called with s->lock held. */
@@ -687,8 +686,9 @@ cacheextents_co_invalidate_cache(BlockDriverState *bs, Error **errp)
 }
 
 /*
- * Nobody else in this process may change what we remember.  Where the child
- * must be shared all the same (force-share), cacheextents_can_keep() says so.
+ * Nobody else in this process may change what we remember.  An inactive node
+ * remembers nothing and shares, as does one that is forced to (force-share);
+ * see cacheextents_can_keep().
  */
 static void cacheextents_child_perm(BlockDriverState *bs, BdrvChild *c,
                                     BdrvChildRole role,
@@ -705,6 +705,7 @@ static void cacheextents_child_perm(BlockDriverState *bs, BdrvChild *c,
 static int cacheextents_open(BlockDriverState *bs, QDict *options, int flags,
                              Error **errp)
 {
+    ERRP_GUARD();
     BDRVCacheExtentsState *s = bs->opaque;
     int ret;
 
@@ -715,6 +716,8 @@ static int cacheextents_open(BlockDriverState *bs, QDict *options, int flags,
     }
     ret = bdrv_open_file_child(NULL, options, "file", bs, errp);
     if (ret < 0) {
+        error_prepend(errp, "cacheextents needs a child in 'file' that no other "
+                      "node writes to: ");
         return ret;
     }
 

@@ -30,7 +30,7 @@
 #define UNKNOWN BDRV_BLOCK_OFFSET_VALID
 
 typedef struct DiskConfig {
-    int64_t len;        /* at the beginning; a multiple of @align */
+    int64_t len;        /* at the beginning */
     int64_t grain;      /* size of a block */
     uint32_t align;     /* request alignment */
     int64_t reach;      /* one answer covers at most this much; 0: no limit */
@@ -305,6 +305,9 @@ disk_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
 
     QEMU_LOCK_GUARD(&d->lock);
     disk_wait_locked(d, false, HOLD_BEFORE);
+    if (offset > d->len && d->len % d->config.grain) {
+        disk_set_locked(d, d->len / d->config.grain, DATA);
+    }
     for (int64_t block = DIV_ROUND_UP(offset, d->config.grain);
          block < MAX_BLOCKS; block++) {
         disk_set_locked(d, block, ZERO);

@@ -294,8 +294,10 @@ static void test_one_extent_a_question(void)
 /* A question for each reach of an answer, also where it cuts an extent */
 static void test_reach(void)
 {
-    Test *t = test_new(&(DiskConfig) { .len = 64 * BLOCK, .grain = BLOCK,
-                                       .reach = 16 * BLOCK - 512 }, 0);
+    static const DiskConfig config = {
+        .len = 64 * BLOCK, .grain = BLOCK, .reach = 16 * BLOCK - 512
+    };
+    Test *t = test_new(&config, 0);
 
     g_assert_cmpuint(map(t), ==, 5);
     g_assert_cmpuint(map(t), ==, 0);
@@ -303,6 +305,21 @@ static void test_reach(void)
     change_ok(t, OP_WRITE, 16 * BLOCK - 1024, 512);
     g_assert_cmpint(status(t, 16 * BLOCK - 512), ==, DATA);
     g_assert_cmpuint(map(t), ==, 1);
+    test_free(t);
+
+    /* And this makes the last blocks of the first answer data */
+    t = test_new(&config, 0);
+    map(t);
+    change_ok(t, OP_WRITE, 16 * BLOCK - 512, 512);
+    g_assert_cmpint(status(t, 15 * BLOCK), ==, DATA);
+    test_free(t);
+
+    /* What is beyond a new answer is not forgotten */
+    t = test_new(&config, 0);
+    status(t, 8 * BLOCK);
+    status(t, 0);
+    status(t, 20 * BLOCK);
+    g_assert_cmpuint(t->disk->nb_questions, ==, 2);
     test_free(t);
 }
 
@@ -342,6 +359,33 @@ static void test_truncate(void)
     g_assert_cmpuint(map(t), ==, 1);
     change_ok(t, OP_WRITE, 70 * BLOCK, 512);
     g_assert_cmpuint(map(t), ==, 1);
+    test_free(t);
+
+    /* From the middle of a block */
+    t = test_new(&(DiskConfig) { .len = 5 * 4096 + 512, .grain = 4096,
+                                 .align = 4096 }, 0);
+    g_assert_cmpint(status(t, 5 * 4096), ==, ZERO);
+    change_ok(t, OP_TRUNCATE, 6 * 4096, 0);
+    g_assert_cmpint(status(t, 5 * 4096), ==, DATA);
+    test_free(t);
+}
+
+/* Extents end at blocks, also when these are larger all of a sudden */
+static void test_block_size(void)
+{
+    Test *t = test_new(&(DiskConfig) { .len = 64 * KiB, .grain = 4096,
+                                       .reach = 3 * 512 }, 0);
+
+    g_assert_cmpuint(map(t), ==, 43);
+    t->disk->config.align = 4096;
+    t->disk->config.reach = 8192;
+    bdrv_drained_begin(t->bs);
+    bdrv_graph_rdlock_main_loop();
+    bdrv_refresh_limits(t->disk_bs, NULL, &error_abort);
+    bdrv_refresh_limits(t->bs, NULL, &error_abort);
+    bdrv_graph_rdunlock_main_loop();
+    bdrv_drained_end(t->bs);
+    g_assert_cmpuint(map(t), ==, 8);
     test_free(t);
 }
 
@@ -562,7 +606,7 @@ static void test_many_changes(void)
     question = op_start(t, OP_STATUS, 0, 512);
     wait_held(t, 1);
     for (int i = 0; i < 3000; i++) {
-        change_ok(t, OP_WRITE, i % 64 * BLOCK, 512);
+        change_ok(t, OP_WRITE, i < 2000 ? 0 : i % 64 * BLOCK, 512);
     }
     disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
     op_finish(question);
@@ -876,6 +920,7 @@ int main(int argc, char **argv)
     ADD("reach", reach);
     ADD("change-drops-whole-extents-only", change_drops_whole_extents_only);
     ADD("truncate", truncate);
+    ADD("block-size", block_size);
     ADD("failed-change-drops", failed_change_drops);
     ADD("failed-question", failed_question);
     ADD("max-extents", max_extents);

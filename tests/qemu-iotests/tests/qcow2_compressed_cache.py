@@ -373,7 +373,12 @@ class NbdDisk:
     def stop(self) -> None:
         assert self._p is not None
         self._p.terminate()
-        self._p.wait()
+        try:
+            self._p.wait(10)
+        except subprocess.TimeoutExpired:
+            # It waits for clients
+            self._p.kill()
+            self._p.wait()
         for path in (self.sock, self.log, self.pid_file, self.full_file):
             iotests.try_remove(path)
 
