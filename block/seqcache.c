@@ -239,6 +239,8 @@ static int seqcache_open(BlockDriverState *bs, QDict *options, int flags,
     bs->supported_zero_flags = BDRV_REQ_WRITE_UNCHANGED |
         ((BDRV_REQ_FUA | BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK) &
          bs->file->bs->supported_zero_flags);
+    bs->supported_truncate_flags = BDRV_REQ_ZERO_WRITE &
+        bs->file->bs->supported_truncate_flags;
 
     qemu_mutex_init(&s->lock);
     memset(s->ends, -1, sizeof(s->ends));
@@ -507,12 +509,14 @@ seqcache_co_cache(BlockDriverState *bs, int64_t offset, int64_t bytes,
         return n;
     }
 
-    ret = wb_co_reserve(bs, wb, 1);
-    if (ret < 0) {
-        return ret;
-    }
-    if (!wb_accept(bs, wb, 1, offset, n, buf)) {
-        return 0;
+    if (!wb_append(bs, wb, offset, n, buf)) {
+        ret = wb_co_reserve(bs, wb, 1);
+        if (ret < 0) {
+            return ret;
+        }
+        if (!wb_accept(bs, wb, 1, offset, n, buf)) {
+            return 0;
+        }
     }
     if (offset + n == cluster_end) {
         seqcache_remember_end(s, cluster_end);

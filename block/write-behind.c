@@ -462,19 +462,14 @@ bool wb_continues(WriteBehind *wb, int64_t offset)
     return seqcache_continues(wb->cache, offset);
 }
 
-bool coroutine_fn wb_accept(BlockDriverState *bs, WriteBehind *wb,
-                            uint64_t nb_clusters, int64_t offset,
-                            int64_t bytes, const void *buf)
+/* Store a write if that is possible.  Called with wb->lock held. */
+static bool coroutine_fn GRAPH_RDLOCK
+wb_store_locked(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
+                int64_t bytes, const void *buf)
 {
     SeqCacheStats stats;
-    bool ok;
+    bool ok = seqcache_can_write(wb->cache, offset, bytes);
 
-    QEMU_LOCK_GUARD(&wb->lock);
-
-    assert(wb->nb_reserved >= nb_clusters);
-    wb->nb_reserved -= nb_clusters;
-
-    ok = seqcache_can_write(wb->cache, offset, bytes);
     trace_wb_accept(bs, offset, bytes, ok);
     if (ok) {
         seqcache_write(wb->cache, offset, bytes, buf);
@@ -485,9 +480,38 @@ bool coroutine_fn wb_accept(BlockDriverState *bs, WriteBehind *wb,
                                          stats.bytes_cached);
         wb_start_worker_locked(bs, wb);
     }
+    return ok;
+}
+
+bool coroutine_fn wb_accept(BlockDriverState *bs, WriteBehind *wb,
+                            uint64_t nb_clusters, int64_t offset,
+                            int64_t bytes, const void *buf)
+{
+    bool ok;
+
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    assert(wb->nb_reserved >= nb_clusters);
+    wb->nb_reserved -= nb_clusters;
+
+    ok = wb_store_locked(bs, wb, offset, bytes, buf);
     qemu_co_queue_restart_all(&wb->waiters);
 
     return ok;
+}
+
+bool coroutine_fn wb_append(BlockDriverState *bs, WriteBehind *wb,
+                            int64_t offset, int64_t bytes, const void *buf)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    /* In case of an error, wb_co_reserve() is where it is dealt with */
+    if (wb->error || !seqcache_continues(wb->cache, offset) ||
+        bytes > wb->cluster_size - offset % wb->cluster_size)
+    {
+        return false;
+    }
+    return wb_store_locked(bs, wb, offset, bytes, buf);
 }
 
 int64_t coroutine_fn wb_overwrite(BlockDriverState *bs, WriteBehind *wb,

@@ -121,8 +121,9 @@ void coroutine_fn wb_unreserve(WriteBehind *wb, uint64_t nb_clusters);
  * @offset: where a write would start.
  *
  * Returns: whether a write that starts at @offset continues a stream.  The
- * answer can only become false after wb_accept(), wb_end_streams(),
- * wb_co_write_out(), wb_co_discard(), or while nothing is reserved.
+ * answer can only become false after wb_accept(), wb_append(),
+ * wb_end_streams(), wb_co_write_out(), wb_co_discard(), or while nothing is
+ * reserved.
  */
 bool wb_continues(WriteBehind *wb, int64_t offset);
 
@@ -144,6 +145,25 @@ bool wb_continues(WriteBehind *wb, int64_t offset);
 bool coroutine_fn GRAPH_RDLOCK
 wb_accept(BlockDriverState *bs, WriteBehind *wb, uint64_t nb_clusters,
           int64_t offset, int64_t bytes, const void *buf);
+
+/**
+ * wb_append:
+ * @bs: the node.
+ * @wb: the WriteBehind.
+ * @offset: where the data goes on the child.
+ * @bytes: size of the data.
+ * @buf: the data, which is copied.
+ *
+ * Store a write that continues a stream and ends in the same cluster.  Needs no
+ * memory, and therefore no reservation.  Does not yield.
+ *
+ * Returns: true if the data is stored; false if the write is not of this kind,
+ * or if the latest write to the child has failed.  The cache is unchanged then,
+ * and the write can be made with wb_co_reserve() and wb_accept().
+ */
+bool coroutine_fn GRAPH_RDLOCK
+wb_append(BlockDriverState *bs, WriteBehind *wb, int64_t offset, int64_t bytes,
+          const void *buf);
 
 /**
  * wb_overwrite:

@@ -67,6 +67,7 @@ typedef struct Disk {
                  truncates;
     } nb;
     void *last_write; /* the first buffer */
+    BdrvRequestFlags truncate_flags; /* of the last one */
 
     unsigned nb_in_flight;
     QLIST_HEAD(, DiskChange) changes; /* in flight */
@@ -89,14 +90,16 @@ static int disk_open(BlockDriverState *bs, QDict *options, int flags,
     d->len = qdict_get_int(options, "len");
     d->align = qdict_get_int(options, "align");
     d->max_transfer = qdict_get_int(options, "max-transfer");
-    bs->supported_write_flags = qdict_get_bool(options, "fua") ?
-                                BDRV_REQ_FUA : 0;
+    if (qdict_get_bool(options, "flags")) {
+        bs->supported_write_flags = BDRV_REQ_FUA;
+        bs->supported_truncate_flags = BDRV_REQ_ZERO_WRITE;
+    }
     bs->supported_zero_flags = bs->supported_write_flags |
                                BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK;
     qdict_del(options, "len");
     qdict_del(options, "align");
     qdict_del(options, "max-transfer");
-    qdict_del(options, "fua");
+    qdict_del(options, "flags");
     return 0;
 }
 
@@ -405,6 +408,7 @@ disk_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     QEMU_LOCK_GUARD(&d->lock);
 
     d->nb.truncates++;
+    d->truncate_flags = flags;
     disk_change_begin_locked(d, &c);
     disk_delay_locked(d);
     ret = offset > DISK_MAX_SIZE ? -EFBIG : disk_result_locked(d);
@@ -540,7 +544,7 @@ typedef struct SeqCacheConfig {
     uint32_t align;         /* 0: 1 */
     uint32_t max_transfer;
     int64_t len;
-    bool no_fua;            /* the disk emulates it */
+    bool no_flags;          /* the disk supports none; QEMU emulates FUA */
 } SeqCacheConfig;
 
 #define TEST_PERMS (BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE | \
@@ -554,7 +558,7 @@ static SeqCacheTest *seqcache_test_new(const SeqCacheConfig *config)
     qdict_put_int(opts, "len", config->len);
     qdict_put_int(opts, "align", config->align ?: 1);
     qdict_put_int(opts, "max-transfer", config->max_transfer);
-    qdict_put_bool(opts, "fua", !config->no_fua);
+    qdict_put_bool(opts, "flags", !config->no_flags);
     t->disk_bs = bdrv_new_open_driver_opts(&bdrv_disk, "disk", opts,
                                            BDRV_O_RDWR | BDRV_O_UNMAP,
                                            &error_abort);

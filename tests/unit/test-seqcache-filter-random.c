@@ -610,7 +610,7 @@ static const RandomCase cases[NB_CASES] = {
         .len = 1 * MiB } },
     { "align-4096", {
         .cluster_size = 16 * KiB, .cache_size = 256 * KiB, .align = 4096,
-        .len = 200 * KiB, .no_fua = true } },
+        .len = 200 * KiB, .no_flags = true } },
     { "small-cache", {
         .cluster_size = 512, .cache_size = 1 * KiB, .align = 512,
         .len = 512 * KiB } },
@@ -623,7 +623,7 @@ static const RandomCase cases[NB_CASES] = {
       .errors = true },
     { "errors-align-4096", {
         .cluster_size = 8 * KiB, .cache_size = 32 * KiB, .align = 4096,
-        .len = 100 * KiB, .no_fua = true },
+        .len = 100 * KiB, .no_flags = true },
       .errors = true },
     { "iothreads", {
         .cluster_size = 8 * KiB, .cache_size = 128 * KiB, .align = 512,

@@ -190,6 +190,34 @@ static void test_streams(void)
     g_assert_cmpuint(nb_writes[2], <=, 2 * 16);
 }
 
+/*
+ * A stream that goes on inside of its cluster needs no room, so that a cache of
+ * as many clusters as there are streams is enough to fill each before it is
+ * written
+ */
+static void test_streams_fill_cache(void)
+{
+    const int nb_streams = 16;
+    const int64_t bytes = 1 * MiB / nb_streams;
+    SeqCacheTest *t = seqcache_test_new(&(SeqCacheConfig) {
+        .cluster_size = 16 * KiB, .cache_size = nb_streams * 16 * KiB,
+        .align = 512, .len = 512 * KiB,
+    });
+    int64_t n;
+    int i;
+
+    for (n = 0; n < bytes; n += 512) {
+        for (i = 0; i < nb_streams; i++) {
+            write_ok(t, i * bytes + n, 512);
+        }
+    }
+    check_all(t);
+    /* The first write of each cannot be known as a stream */
+    g_assert_cmpuint(t->disk->nb.writes, <=,
+                     nb_streams + 1 * MiB / (16 * KiB));
+    seqcache_test_free(t);
+}
+
 static void test_overwrite(void)
 {
     SeqCacheTest *t = new_test(512);
@@ -224,12 +252,12 @@ static void test_overwrite(void)
 
 static void test_fua(void)
 {
-    int no_fua;
+    int no_flags;
 
-    for (no_fua = 0; no_fua < 2; no_fua++) {
+    for (no_flags = 0; no_flags < 2; no_flags++) {
         SeqCacheTest *t = seqcache_test_new(&(SeqCacheConfig) {
             .cluster_size = 4 * KiB, .cache_size = 64 * KiB, .align = 512,
-            .len = 512 * KiB, .no_fua = no_fua,
+            .len = 512 * KiB, .no_flags = no_flags,
         });
         int i;
 
@@ -380,9 +408,9 @@ static void test_copy_range(void)
 
 /* ---- Length and block status ---- */
 
-static int truncate_to(SeqCacheTest *t, int64_t len)
+static int truncate_to(SeqCacheTest *t, int64_t len, BdrvRequestFlags flags)
 {
-    int ret = blk_truncate(t->blk, len, false, PREALLOC_MODE_OFF, 0, NULL);
+    int ret = blk_truncate(t->blk, len, false, PREALLOC_MODE_OFF, flags, NULL);
 
     if (ret == 0) {
         memset(t->shadow + len, 0, DISK_MAX_SIZE - len);
@@ -397,24 +425,24 @@ static void test_truncate(void)
     SeqCacheTest *t = new_test(512);
 
     stream_ok(t, 500 * KiB, 100 * KiB, 3000);
-    g_assert_cmpint(truncate_to(t, 550 * KiB), ==, 0);
+    g_assert_cmpint(truncate_to(t, 550 * KiB, 0), ==, 0);
     check_all(t);
     stream_ok(t, 540 * KiB, 20 * KiB, 3000);
-    g_assert_cmpint(truncate_to(t, 700 * KiB), ==, 0);
+    g_assert_cmpint(truncate_to(t, 700 * KiB, 0), ==, 0);
     check_all(t);
     stream_ok(t, 100, 200 * KiB, 3000);
-    g_assert_cmpint(truncate_to(t, 0), ==, 0);
+    g_assert_cmpint(truncate_to(t, 0, 0), ==, 0);
     check_all(t);
-    g_assert_cmpint(truncate_to(t, 4096), ==, 0);
+    g_assert_cmpint(truncate_to(t, 4096, 0), ==, 0);
 
     /* Growth fails, then what has to be written before it: nothing is lost */
     stream_ok(t, 100, 10000, 500);
-    g_assert_cmpint(truncate_to(t, 2 * MiB), ==, -EFBIG);
+    g_assert_cmpint(truncate_to(t, 2 * MiB, 0), ==, -EFBIG);
     g_assert_cmpint(blk_getlength(t->blk), ==, ROUND_UP(10100, 512));
     check_all(t);
     stream_ok(t, 20000, 10000, 500);
     disk_set_error(t->disk, EIO);
-    g_assert_cmpint(truncate_to(t, 8192), ==, -EIO);
+    g_assert_cmpint(truncate_to(t, 8192, 0), ==, -EIO);
     g_assert_cmpint(blk_getlength(t->blk), ==, ROUND_UP(30000, 512));
     disk_set_error(t->disk, 0);
     check_all(t);
@@ -422,6 +450,27 @@ static void test_truncate(void)
 }
 
 /* Compare flags and size of the answer for what is from @offset on */
+/* A request for zeroes reaches the disk if the disk can do it */
+static void test_truncate_flags(void)
+{
+    int no_flags;
+
+    for (no_flags = 0; no_flags < 2; no_flags++) {
+        SeqCacheTest *t = seqcache_test_new(&(SeqCacheConfig) {
+            .cluster_size = 4 * KiB, .cache_size = 64 * KiB, .align = 512,
+            .len = 512 * KiB, .no_flags = no_flags,
+        });
+
+        stream_ok(t, 500 * KiB, 100 * KiB, 3000);
+        g_assert_cmpint(truncate_to(t, 700 * KiB, BDRV_REQ_ZERO_WRITE), ==,
+                        no_flags ? -ENOTSUP : 0);
+        g_assert_cmphex(t->disk->truncate_flags, ==,
+                        no_flags ? 0 : BDRV_REQ_ZERO_WRITE);
+        check_all(t);
+        seqcache_test_free(t);
+    }
+}
+
 static void assert_status(SeqCacheTest *t, int64_t offset, int flags,
                           int64_t bytes)
 {
@@ -676,6 +725,7 @@ int main(int argc, char **argv)
     ADD("write/merge", test_merge);
     ADD("write/direct", test_direct);
     ADD("write/streams", test_streams);
+    ADD("write/streams-fill-cache", test_streams_fill_cache);
     ADD("write/overwrite", test_overwrite);
     ADD("write/fua", test_fua);
     ADD("read", test_read);
@@ -683,7 +733,8 @@ int main(int argc, char **argv)
     ADD("discard", test_discard);
     ADD("compressed", test_compressed);
     ADD("copy-range", test_copy_range);
-    ADD("truncate", test_truncate);
+    ADD("truncate/cached", test_truncate);
+    ADD("truncate/flags", test_truncate_flags);
     ADD("status/cached", test_status);
     ADD("status/growth", test_growth);
     ADD("error", test_error);

@@ -645,6 +645,20 @@ static int coroutine_fn op_overwrite(TestOp *op)
     return done == op->bytes ? 0 : -EAGAIN;
 }
 
+static int coroutine_fn op_continue(TestOp *op)
+{
+    Test *t = op->t;
+    g_autofree uint8_t *buf = g_malloc(op->bytes);
+
+    fill(buf, op->offset, op->bytes, op->gen);
+    GRAPH_RDLOCK_GUARD();
+    if (!wb_append(t->bs, t->wb, op->offset, op->bytes, buf)) {
+        return -EAGAIN;
+    }
+    memcpy(t->shadow + op->offset, buf, op->bytes);
+    return 0;
+}
+
 static int coroutine_fn op_write_out(TestOp *op)
 {
     Test *t = op->t;
@@ -858,6 +872,45 @@ static void test_overwrite(void)
     assert_on_disk(t, 0, 2000);
     assert_writes(t->disk, { 0, 1000 }, { 500, 500 });
     assert_stat(t, accepted_bytes, ==, 1910);
+    test_free(t);
+}
+
+/* What goes on inside of a cluster is taken without a reservation */
+static void test_append(void)
+{
+    const TestConfig config = {
+        .cluster_size = 4096, .cache_size = 2 * 4096, .align = 512,
+    };
+    Test *t = test_new(&config);
+
+    g_assert_cmpint(run(t, op_continue, .offset = 0, .bytes = 1), ==, -EAGAIN);
+    write_ok(t, 0, 1000);
+    write_ok(t, 8192, 1000);
+    g_assert_cmpint(run(t, op_continue, .offset = 999, .bytes = 1), ==,
+                    -EAGAIN);
+    g_assert_cmpint(run(t, op_continue, .offset = 1000, .bytes = 3097), ==,
+                    -EAGAIN);
+    /* The cache is full, and stays as it is */
+    run_ok(t, op_continue, .offset = 1000, .bytes = 1000);
+    run_ok(t, op_continue, .offset = 9192, .bytes = 1000);
+    assert_no_writes(t->disk);
+    assert_stat(t, accepted_bytes, ==, 4000);
+    assert_stat(t, accepted_requests, ==, 4);
+    assert_stat(t, max_cached_bytes, ==, 4000);
+    read_ok(t, 0, 16384);
+
+    /* Writers learn of an error, though there would be room */
+    disk_fail(t->disk, EIO, 0);
+    g_assert_cmpint(run(t, op_flush), ==, -EIO);
+    g_assert_cmpint(run(t, op_continue, .offset = 2000, .bytes = 1), ==,
+                    -EAGAIN);
+    disk_fail(t->disk, 0, 0);
+    flush_ok(t);
+    run_ok(t, op_continue, .offset = 2000, .bytes = 2096);
+    g_assert_cmpint(run(t, op_continue, .offset = 4096, .bytes = 1), ==,
+                    -EAGAIN);
+    flush_ok(t);
+    assert_on_disk(t, 0, 16384);
     test_free(t);
 }
 
@@ -2809,6 +2862,7 @@ int main(int argc, char **argv)
     ADD("write-out/range", test_write_out);
     ADD("write-out/error", test_write_out_error);
     ADD("overwrite", test_overwrite);
+    ADD("append", test_append);
     ADD("stats", test_stats);
     ADD("free/pending-worker", test_free_pending);
     ADD("free/after-error", test_close_error);
