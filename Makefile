@@ -4,7 +4,7 @@
 
 JOBS ?= $(shell nproc)
 BUILD ?= build
-export QEMU_SRC CONFIGURE_FLAGS JOBS BUILD V
+export QEMU_SRC CONFIGURE_FLAGS JOBS BUILD V LONG_SECONDS SEED
 
 all:
 	@scripts/build
@@ -34,6 +34,10 @@ check-filtered:
 	@scripts/build --test-hooks
 	@scripts/check-filtered $(TESTS)
 
+check-long:
+	@scripts/build --sanitizers
+	@scripts/check-long $(PARTS)
+
 stock-results:
 	@scripts/build --stock
 	@scripts/check --write-stock-results iotests
@@ -54,6 +58,12 @@ help:
 	@echo 'make check-filtered    all iotests of QEMU for raw and qcow2, without'
 	@echo '                       and with a seqcache node below each image; hours;'
 	@echo '                       TESTS="raw:001 qcow2:013 ..." runs only these'
+	@echo 'make check-long        the random tests for long, with AddressSanitizer'
+	@echo '                       and UBSan. LONG_SECONDS=N: how long each part'
+	@echo '                       goes on (default: 60); PARTS="filter corrupt"'
+	@echo '                       runs only these; SEED=N repeats a run. The parts:'
+	@echo '                       model fuzz unit write-behind filter'
+	@echo '                       filter-images qcow2 corrupt'
 	@echo 'make stock-results     rebuild the list of what an unpatched QEMU'
 	@echo '                       does in the iotests of qcow2 compression'
 	@echo 'make clean             remove the prepared tree and all builds'
@@ -72,4 +82,4 @@ help:
 	@echo 'V=1                    show the whole output of each step'
 
 .PHONY: all check check-standalone check-unit check-iotests check-filtered \
-        demo stock-results clean distclean help
+        check-long demo stock-results clean distclean help
