@@ -256,6 +256,7 @@ static void seqcache_close(BlockDriverState *bs)
     int ret;
 
     GLOBAL_STATE_CODE();
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
 
     if (s->write_behind) {
         ret = wb_flush(bs, s->write_behind);
@@ -316,6 +317,9 @@ static void seqcache_reopen_commit(BDRVReopenState *state)
 {
     BlockDriverState *bs = state->bs;
     BDRVSeqCacheState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
 
     /*
      * A parent that was prepared after this node can have written something, as
