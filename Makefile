@@ -4,7 +4,8 @@
 
 JOBS ?= $(shell nproc)
 BUILD ?= build
-export QEMU_SRC CONFIGURE_FLAGS JOBS BUILD V LONG_SECONDS SEED
+PYTHON ?= /usr/bin/python3
+export QEMU_SRC CONFIGURE_FLAGS JOBS BUILD PYTHON V LONG_SECONDS SEED
 
 all:
 	@scripts/build
@@ -30,6 +31,12 @@ demo:
 	@scripts/deps test
 	@scripts/demo
 
+bench bench-quick:
+	@scripts/build
+	@scripts/deps test bench
+	@$(PYTHON) scripts/bench $(if $(findstring quick,$@),--quick) \
+		$(patsubst %,'%',$(ROWS))
+
 check-filtered:
 	@scripts/build --test-hooks
 	@scripts/check-filtered $(TESTS)
@@ -51,6 +58,11 @@ distclean: clean
 help:
 	@echo 'make                   obtain QEMU, apply our hooks, build into build/'
 	@echo 'make demo              convert a real image with the cache off and on'
+	@echo 'make bench             measure; the results go to docs/results/.'
+	@echo '                       ROWS="filter-4k-disk convert-*" measures only'
+	@echo '                       these; "scripts/bench --list" shows all'
+	@echo 'make bench-quick       the same with less of everything, in 3 minutes;'
+	@echo '                       the results go to $$BUILD/bench/quick-results/'
 	@echo 'make check             build, then run all tests'
 	@echo 'make check-standalone  the tests that need glib alone'
 	@echo 'make check-unit        the unit tests inside QEMU'
@@ -82,4 +94,4 @@ help:
 	@echo 'V=1                    show the whole output of each step'
 
 .PHONY: all check check-standalone check-unit check-iotests check-filtered \
-        check-long demo stock-results clean distclean help
+        check-long bench bench-quick demo stock-results clean distclean help

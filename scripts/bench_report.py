@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What scripts/bench makes of the samples: figures, tables, plots."""
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+
+from lab import KIB, MIB, QEMU_IMG, TOP
+
+# What is measured: {name: (heading, unit, divisor)}
+METRICS = {
+    'seconds': ('time', 's', 1),
+    'cpu': ('CPU', 's', 1),
+    'memory': ('resident', 'MiB', MIB),
+    'reads': ('reads', '', 1),
+    'writes': ('writes', '', 1),
+    'written': ('written', 'MiB', MIB),
+    'end': ('image end', 'MiB', MIB),
+    'pages': ('page cache', 'pages', 1),
+}
+
+
+def format_number(value):
+    if value == int(value) and abs(value) < 1e6:
+        return f'{value:.0f}'
+    digits = 3 - len(str(int(abs(value)))) if abs(value) >= 1 else 3
+    return f'{value:.{max(0, digits)}f}'
+
+
+def format_value(metric, value):
+    _, unit, divisor = METRICS[metric]
+    return f'{format_number(value / divisor)} {unit}'.rstrip()
+
+
+def format_samples(metric, values):
+    """The median, and the range if there is one"""
+    text = format_value(metric, statistics.median(values))
+    if min(values) == max(values):
+        return text
+    divisor = METRICS[metric][2]
+    return (f'{text} ({format_number(min(values) / divisor)} to'
+            f' {format_number(max(values) / divisor)})')
+
+
+class Figure:
+    """Something to be reached, or just stated: a function of two medians.
+
+    text is what a reader sees. sides are (side, metric) each. unit is the
+    metric that the result is formatted as, or None for a plain number.
+    """
+
+    def __init__(self, text, function, sides, unit=None, at_least=None,
+                 at_most=None):
+        self.text = text
+        self.function = function
+        self.sides = sides
+        self.unit = unit
+        self.at_least = at_least
+        self.at_most = at_most
+
+    def evaluate(self, samples):
+        """A dict for the JSON file"""
+        values = [samples[side][metric] for side, metric in self.sides]
+        value = self.function(*map(statistics.median, values))
+        # By turns: the runs that followed each other
+        single = [self.function(*v) for v in zip(*values)]
+        reached = None
+        if self.at_least is not None:
+            reached = value >= self.at_least
+        elif self.at_most is not None:
+            reached = value <= self.at_most
+        return {'figure': self.text, 'value': value, 'min': min(single),
+                'max': max(single), 'unit': self.unit,
+                'at_least': self.at_least, 'at_most': self.at_most,
+                'reached': reached}
+
+
+def ratio(side_a, side_b, metric='seconds', metric_b=None, **reach):
+    """The ratio of the metrics of two sides"""
+    metric_b = metric_b or metric
+    if side_a == side_b:
+        text = f'{METRICS[metric][0]} / {METRICS[metric_b][0]}, {side_a}'
+    else:
+        text = f'{METRICS[metric][0]}, {side_a} / {side_b}'
+    return Figure(text, lambda a, b: a / b,
+                  [(side_a, metric), (side_b, metric_b)], **reach)
+
+
+def difference(side_a, side_b, metric, **reach):
+    return Figure(f'{METRICS[metric][0]}, {side_a} - {side_b}',
+                  lambda a, b: a - b, [(side_a, metric), (side_b, metric)],
+                  metric, **reach)
+
+
+def value_of(side, metric, **reach):
+    return Figure(f'{METRICS[metric][0]}, {side}', lambda a: a,
+                  [(side, metric)], metric, **reach)
+
+
+def format_figure(figure, quick):
+    """(value with its range, what it should reach, reached or MISSED)"""
+    def text(value):
+        if figure['unit']:
+            return format_value(figure['unit'], value)
+        return f'{value:.3f}' if value < 10 else f'{value:.1f}'
+
+    value = text(figure['value'])
+    if figure['min'] != figure['max']:
+        value += f' ({text(figure["min"])} to {text(figure["max"])})'
+    if figure['reached'] is None:
+        return value, '', 'stated'
+    if figure['at_least'] is not None:
+        reach = f'at least {format_reach(figure, figure["at_least"])}'
+    else:
+        reach = f'at most {format_reach(figure, figure["at_most"])}'
+    if figure['reached']:
+        return value, reach, 'reached'
+    return value, reach, 'missed in a quick run' if quick else 'MISSED'
+
+
+def format_reach(figure, value):
+    return format_value(figure['unit'], value) if figure['unit'] else f'{value}'
+
+
+def output_of(*command):
+    done = subprocess.run(command, stdout=subprocess.PIPE, cwd=TOP,
+                          stderr=subprocess.DEVNULL, text=True, check=False)
+    return done.stdout.strip()
+
+
+def machine(folder):
+    """What the results depend on"""
+    def field(path, name):
+        with open(path, encoding='utf-8') as f:
+            m = re.search(rf'^{name}\s*:\s*(.*)$', f.read(), re.M)
+        return m.group(1) if m else ''
+
+    memory = int(field('/proc/meminfo', 'MemTotal').split()[0]) * KIB
+    return {
+        'processor': field('/proc/cpuinfo', 'model name') or platform.machine(),
+        'processors': os.cpu_count(),
+        'memory': f'{memory / MIB / KIB:.0f} GiB',
+        'kernel': platform.release(),
+        'file system': output_of('findmnt', '-n', '-o', 'FSTYPE', '-T', folder),
+        'QEMU': output_of(QEMU_IMG, '--version').split('\n')[0].split()[-1],
+        'revision': output_of('git', 'describe', '--always', '--dirty'),
+    }
+
+
+class Report:
+    """All results, those of earlier runs of other rows included"""
+
+    def __init__(self, folder, quick):
+        self.folder = folder
+        self.quick = quick
+        self.json = os.path.join(folder, 'results.json')
+        self.added = []
+        self.rows = {}
+        os.makedirs(folder, exist_ok=True)
+        self.machine = machine(folder)
+        if os.path.exists(self.json):
+            with open(self.json, encoding='utf-8') as f:
+                self.rows = json.load(f)['rows']
+
+    def add(self, row, samples):
+        figures = [f.evaluate(samples) for f in row.figures]
+        self.rows[row.name] = {
+            'title': row.title, 'group': row.name.split('-')[0],
+            'when': time.strftime('%Y-%m-%d', time.gmtime()),
+            'quick': self.quick, 'machine': self.machine, 'sides': samples,
+            'figures': figures,
+        }
+        self.added.append(row.name)
+        for side, metrics in samples.items():
+            text = ', '.join(f'{METRICS[m][0]} {format_samples(m, v)}'
+                             for m, v in metrics.items())
+            print(f'    {side}: {text}')
+        for figure in figures:
+            value, reach, word = format_figure(figure, self.quick)
+            print(f'    {figure["figure"]}: {value}',
+                  f'[{reach}: {word}]' if reach else '', flush=True)
+
+    def write(self):
+        with open(self.json + '.new', 'w', encoding='utf-8') as f:
+            json.dump({'rows': self.rows}, f, indent=1, sort_keys=True)
+            f.write('\n')
+        os.rename(self.json + '.new', self.json)
+        with open(os.path.join(self.folder, 'results.md'), 'w',
+                  encoding='utf-8') as f:
+            f.write(self.markdown())
+        self.plot()
+
+    def groups(self):
+        groups = {}
+        for name, row in sorted(self.rows.items()):
+            groups.setdefault(row['group'], {})[name] = row
+        return groups
+
+    def markdown(self):
+        out = ['# Results', '',
+               'Made by `make bench`; see `scripts/bench --help`. Medians; in '
+               'brackets the smallest and the largest.', '']
+        machines = []
+        for row in self.rows.values():
+            if row['machine'] not in machines:
+                machines.append(row['machine'])
+        out += ['| machine | ' + ' | '.join(machines[0]) + ' |',
+                '| --- ' * (len(machines[0]) + 1) + '|']
+        out += [f'| {i + 1} | ' + ' | '.join(map(str, m.values())) + ' |'
+                for i, m in enumerate(machines)]
+        for group, rows in self.groups().items():
+            out += ['', f'## {group}', '', f'![{group}]({group}.svg)', '',
+                    '| row | figure | value | to reach | |',
+                    '| --- | --- | --- | --- | --- |']
+            for name, row in rows.items():
+                for figure in row['figures']:
+                    out.append(f'| {name} | {figure["figure"]} | ' +
+                               ' | '.join(format_figure(figure, row['quick'])) + ' |')
+            for name, row in rows.items():
+                out += ['', f'**{name}**: {row["title"]} (machine '
+                        f'{machines.index(row["machine"]) + 1}, {row["when"]}'
+                        f'{", quick" if row["quick"] else ""})', '']
+                out += self.sides_table(row)
+        return '\n'.join(out) + '\n'
+
+    @staticmethod
+    def sides_table(row):
+        metrics = [m for m in METRICS
+                   if any(m in side for side in row['sides'].values())]
+        out = ['| | ' + ' | '.join(METRICS[m][0] for m in metrics) + ' |',
+               '| --- ' * (len(metrics) + 1) + '|']
+        for side, samples in row['sides'].items():
+            out.append(f'| {side} | ' + ' | '.join(
+                format_samples(m, samples[m]) if m in samples else ''
+                for m in metrics) + ' |')
+        return out
+
+    def plot(self):
+        """One SVG for each group: the time that each side of each row took"""
+        # Only here, because it takes long to load
+        # pylint: disable=import-outside-toplevel
+        import matplotlib
+        matplotlib.use('svg')
+        matplotlib.rcParams['svg.hashsalt'] = 'seqcache'
+        from matplotlib import pyplot
+
+        for group, rows in self.groups().items():
+            sizes = [len(row['sides']) + 1 for row in rows.values()]
+            fig, axes = pyplot.subplots(
+                len(rows), 1, squeeze=False, layout='constrained',
+                figsize=(8, 0.3 * sum(sizes) + 0.5 * len(rows)),
+                gridspec_kw={'height_ratios': sizes})
+            for ax, row in zip(axes[:, 0], rows.values()):
+                self.plot_row(ax, row)
+            fig.savefig(os.path.join(self.folder, f'{group}.svg'),
+                        metadata={'Date': None})
+            pyplot.close(fig)
+
+    @staticmethod
+    def plot_row(ax, row):
+        sides = list(row['sides'])
+        values = [row['sides'][side]['seconds'] for side in sides]
+        medians = [statistics.median(v) for v in values]
+        spread = [[m - min(v) for m, v in zip(medians, values)],
+                  [max(v) - m for m, v in zip(medians, values)]]
+        bars = ax.barh(sides, medians, xerr=spread, capsize=2,
+                       color=[f'C{i}' for i in range(len(sides))])
+        ax.bar_label(bars, [f'  {format_value("seconds", m)}'
+                            for m in medians], fontsize=8)
+        ax.margins(x=0.12)
+        ax.invert_yaxis()
+        ax.set_title(row['title'], fontsize=9, loc='left')
+        ax.tick_params(labelsize=8)
+        for edge in 'top', 'right':
+            ax.spines[edge].set_visible(False)
+
+    def print_summary(self):
+        print()
+        for name in self.added:
+            for figure in self.rows[name]['figures']:
+                value, reach, word = format_figure(figure, self.quick)
+                print(f'{name:26} {figure["figure"]:36} {value:30} {reach:17}'
+                      f' {word}')
