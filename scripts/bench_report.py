@@ -16,6 +16,7 @@ METRICS = {
     'seconds': ('time', 's', 1),
     'cpu': ('CPU', 's', 1),
     'memory': ('resident', 'MiB', MIB),
+    'requests': ('requests', '', 1),
     'reads': ('reads', '', 1),
     'writes': ('writes', '', 1),
     'written': ('written', 'MiB', MIB),
@@ -186,7 +187,7 @@ class Report:
 
     def write(self):
         with open(self.json + '.new', 'w', encoding='utf-8') as f:
-            json.dump({'rows': self.rows}, f, indent=1, sort_keys=True)
+            json.dump({'rows': dict(sorted(self.rows.items()))}, f, indent=1)
             f.write('\n')
         os.rename(self.json + '.new', self.json)
         with open(os.path.join(self.folder, 'results.md'), 'w',
@@ -218,8 +219,9 @@ class Report:
                     '| --- | --- | --- | --- | --- |']
             for name, row in rows.items():
                 for figure in row['figures']:
-                    out.append(f'| {name} | {figure["figure"]} | ' +
-                               ' | '.join(format_figure(figure, row['quick'])) + ' |')
+                    cells = format_figure(figure, row['quick'])
+                    out.append(f'| {name} | {figure["figure"]} | '
+                               f'{" | ".join(cells)} |')
             for name, row in rows.items():
                 out += ['', f'**{name}**: {row["title"]} (machine '
                         f'{machines.index(row["machine"]) + 1}, {row["when"]}'

@@ -5,7 +5,7 @@ The rows of scripts/bench. A row is an object with
 name, title    for the user; the name begins with the name of its group
 sides          the names of the ways in which the same work is done
 figures        what is made of the medians
-repeats        how often each side is measured
+repeats        how often each side is measured, unless it is a quick run
 prepare()      makes what all sides need
 once()         what is measured (or verified) only once; a dict as below
 measure()      does the work in one way; returns a dict with values for some of
@@ -27,12 +27,11 @@ TIMES = 'seconds', 'cpu', 'memory'
 
 
 class Row:
-    repeats = 5
-
-    def __init__(self, name, title, figures):
+    def __init__(self, name, title, figures, repeats=5):
         self.name = name
         self.title = title
         self.figures = figures
+        self.repeats = repeats
 
     def prepare(self, bench):
         pass
@@ -49,7 +48,7 @@ def direct_file(path, prefix=''):
 
 
 class FilterRow(Row):
-    """Work on a disk, or on a file with O_DIRECT, without and with the filter"""
+    """Work on a disk, or a file with O_DIRECT, without and with the filter"""
 
     sides = ['without', 'with']
 
@@ -64,8 +63,8 @@ class FilterSteps(FilterRow):
     """Sequential requests of one size, one at a time, by qemu-img bench"""
 
     def __init__(self, name, title, figures, size, count, quick_count,
-                 disk=False, write=True):
-        super().__init__(name, title, figures)
+                 disk=False, write=True, repeats=5):
+        super().__init__(name, title, figures, repeats)
         self.size = size
         self.count = count
         self.quick_count = quick_count
@@ -89,7 +88,7 @@ class FilterSteps(FilterRow):
             return self.run(bench, side, lambda p: direct_file(path, p))
         with SlowDisk(['memory', '512M'], '4ms') as disk:
             result = self.run(bench, side, disk.options)
-        return dict(result, reads=disk.reads, writes=disk.writes)
+        return dict(result, **disk.requests())
 
 
 DIRECT_FILE = 'direct.raw'
@@ -121,9 +120,10 @@ def fio(uri, *options):
 class FilterRandom(FilterRow):
     """4 KiB requests anywhere, through an NBD export, by fio"""
 
-    def __init__(self, name, title, figures, rw):
-        super().__init__(name, title, figures)
+    def __init__(self, name, title, figures, rw, mib, repeats=5):
+        super().__init__(name, title, figures, repeats)
         self.rw = rw
+        self.mib = mib
 
     def prepare(self, bench):
         make_direct_file(bench)
@@ -134,7 +134,7 @@ class FilterRandom(FilterRow):
         with StorageDaemon(node) as daemon:
             return fio(daemon.uri, f'--rw={self.rw}', '--end_fsync=1',
                        f'--size={DIRECT_FILE_MIB}M',
-                       f'--io_size={bench.pick(64, 8)}M')
+                       f'--io_size={bench.pick(self.mib, 8)}M')
 
 
 class FilterReadCached(FilterRow):
@@ -175,7 +175,7 @@ class FilterStreams(Row):
                 times = fio(daemon.uri, '--rw=write', f'--numjobs={streams}',
                             f'--size={mib // streams}M',
                             f'--offset_increment={mib // streams}M')
-        return dict(times, reads=disk.reads, writes=disk.writes)
+        return dict(times, **disk.requests())
 
 
 # ---- Compressed conversion ----
@@ -218,8 +218,8 @@ class ConvertRow(Row):
     """qemu-img convert -c of a source to an image that was created before"""
 
     def __init__(self, name, title, figures, source, compression='zstd',
-                 options=()):
-        super().__init__(name, title, figures)
+                 options=(), repeats=5):
+        super().__init__(name, title, figures, repeats)
         self.source = source
         self.compression = compression
         self.options = options
@@ -252,7 +252,7 @@ class ConvertToDisk(ConvertRow):
     sides = ['off', 'on']
 
     def __init__(self, *args, delay='4ms', **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs, repeats=3)
         self.delay = delay
 
     def measure(self, bench, side):
@@ -264,7 +264,7 @@ class ConvertToDisk(ConvertRow):
                                   0 if side == 'off' else None)
         verify(self.source(bench), path)
         os.unlink(path)
-        return dict(result, reads=disk.reads, writes=disk.writes)
+        return dict(result, **disk.requests())
 
 
 class ConvertToFile(ConvertRow):
@@ -326,6 +326,9 @@ def figures_of_convert_to_file():
 SLOW = 'a disk with 4 KiB blocks and 4 ms a request'
 DIRECT = 'a file with O_DIRECT'
 
+# For differences that are small: short runs that follow each other closely
+MANY = 21
+
 ROWS = [
     FilterSteps('filter-4k-disk', f'Sequential 4 KiB writes to {SLOW}',
                 [ratio('without', 'with', at_least=10)],
@@ -339,18 +342,20 @@ ROWS = [
                 [ratio('without', 'with')], 512, 32768, 8192),
     FilterSteps('filter-1m-file', f'Aligned 1 MiB writes to {DIRECT}',
                 [ratio('with', 'without', at_most=1.02),
-                 ratio('with', 'without', 'cpu')], MIB, 1024, 256),
+                 ratio('with', 'without', 'cpu')], MIB, 256, 256,
+                repeats=MANY),
     FilterRandom('filter-random-file', f'Random 4 KiB writes to {DIRECT}',
-                 [ratio('with', 'without')], 'randwrite'),
+                 [ratio('with', 'without')], 'randwrite', 64),
     FilterStreams('filter-streams', 'Sequential 4 KiB writes with the filter,'
                   ' to a disk without a delay',
-                  [ratio('8 streams', '1 stream', 'writes', at_most=1.1)]),
+                  [ratio('8 streams', '1 stream', 'requests', at_most=1.1)]),
     FilterSteps('filter-read-file', f'Sequential 4 KiB reads of {DIRECT}',
                 [ratio('with', 'without', at_most=1.02),
-                 ratio('with', 'without', 'cpu')], 4 * KIB, 32768, 8192,
-                write=False),
+                 ratio('with', 'without', 'cpu')], 4 * KIB, 8192, 8192,
+                write=False, repeats=MANY),
     FilterRandom('filter-randread-file', f'Random 4 KiB reads of {DIRECT}',
-                 [ratio('with', 'without', at_most=1.02)], 'randread'),
+                 [ratio('with', 'without', at_most=1.02)], 'randread', 16,
+                 repeats=MANY),
     FilterReadCached('filter-read-cached', 'Random 4 KiB reads of what was'
                      f' just written to {DIRECT}',
                      [ratio('with', 'without', at_most=1.02)]),
@@ -364,7 +369,7 @@ ROWS = [
                   ['-W']),
     ConvertToDisk('convert-text-disk', '64 MiB of C source to a disk with 4 KiB'
                   ' blocks and 2 ms a request, zlib',
-                  [ratio('off', 'on', 'writes', at_least=25),
+                  [ratio('off', 'on', 'requests', at_least=25),
                    value_of('on', 'reads'), ratio('off', 'on')],
                   text_source, 'zlib', delay='2ms'),
     ConvertToFile('convert-files-file', f'512 MiB of files to {DIRECT}, zstd',

@@ -166,8 +166,8 @@ class SlowDisk(Server):
     instance '4ms'. self.options is the disk for QEMU, as a list of options of
     the node, with the prefix given.
 
-    Afterwards self.reads, self.writes and self.written (in bytes, as nbdkit
-    rounds them) tell what it had to do.
+    Afterwards self.reads, self.writes, self.written (in bytes, as nbdkit rounds
+    them) and requests() tell what it had to do.
     """
 
     def __init__(self, plugin, delay=None, block=4096):
@@ -177,6 +177,10 @@ class SlowDisk(Server):
         self.delay = delay
         self.block = block
         self.reads = self.writes = self.written = 0
+
+    def requests(self):
+        return {'requests': self.reads + self.writes, 'reads': self.reads,
+                'writes': self.writes}
 
     def options(self, prefix=''):
         return (f'{prefix}driver=nbd,{prefix}server.type=unix,'
