@@ -114,8 +114,11 @@ static void test_merge(void)
 {
     SeqCacheTest *t = new_test(512);
 
+    /* Nobody above needs to complete blocks of the disk */
+    g_assert_cmpuint(t->bs->bl.request_alignment, ==, 1);
     stream_ok(t, 100, 190000, 700);
     g_assert_cmpuint(t->disk->nb.writes, ==, 0);
+    g_assert_cmpuint(t->disk->nb.reads, ==, 0);
     check_all(t);
     g_assert_cmpuint(t->disk->nb.writes, ==, 1);
     /* Goes on after the flush */

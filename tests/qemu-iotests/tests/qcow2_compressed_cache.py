@@ -298,6 +298,12 @@ class QemuIo(iotests.QemuIoInteractive):
         assert self._p.returncode >= 0, out
         return out
 
+    @property
+    def returncode(self) -> int:
+        '''After close(): 1 if any command has failed, else 0'''
+        code: int = self._p.returncode
+        return code
+
 
 def launch_vm(case: iotests.QMPTestCase, may_fail: bool = False) -> iotests.VM:
     '''
