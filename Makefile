@@ -88,8 +88,9 @@ help:
 	@echo 'JOBS=N                 parallel jobs (default: number of processors)'
 	@echo 'BUILD=DIR              build folder (default: build); a name that'
 	@echo '                       begins with "build-" is ignored by git'
-	@echo 'CONFIGURE_FLAGS=...    more flags for QEMU'"'"'s configure, for instance'
-	@echo '                       make BUILD=build-asan \'
+	@echo 'CONFIGURE_FLAGS=...    more flags for QEMU'"'"'s configure; this runs all'
+	@echo '                       tests with sanitizers, whose reports are failures:'
+	@echo '                       make check BUILD=build-asan \'
 	@echo '                           CONFIGURE_FLAGS="--enable-asan --enable-ubsan"'
 	@echo 'V=1                    show the whole output of each step'
 
