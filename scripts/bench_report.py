@@ -22,6 +22,8 @@ METRICS = {
     'written': ('written', 'MiB', MIB),
     'end': ('image end', 'MiB', MIB),
     'pages': ('page cache', 'pages', 1),
+    'questions': ('questions', '', 1),
+    'lseeks': ('lseek calls', '', 1),
 }
 
 

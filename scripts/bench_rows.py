@@ -323,6 +323,121 @@ def figures_of_convert_to_file():
     ]
 
 
+# ---- Questions for block status ----
+
+def sparse_file(bench, extents, mib=2048):
+    """A file with that many extents, half of them holes of the same size"""
+    path = bench.path(f'sparse-{extents}.raw')
+    step = mib * MIB // (extents // 2)
+    if not os.path.exists(path):
+        with open(path + '.new', 'wb') as f:
+            f.truncate(mib * MIB)
+            for i in range(extents // 2):
+                f.seek(i * step // (64 * KIB) * 64 * KIB)
+                f.write(b'x' * 64 * KIB)
+        os.rename(path + '.new', path)
+    return path
+
+
+class ExtentsRow(Row):
+    """qemu-img map or convert of a sparse disk"""
+
+    def __init__(self, name, title, figures, command, extents, repeats=3):
+        super().__init__(name, title, figures, repeats)
+        self.command = command
+        self.extents = extents
+
+    def prepare(self, bench):
+        sparse_file(bench, self.extents)
+
+    def run(self, bench, options, prefix=()):
+        """What it takes, with the options of a node below a raw node"""
+        target = os.path.join(bench.tmpfs, 'copy.raw')
+        command = {'map': ['map', '--output=json'],
+                   'convert': ['convert', '-T', 'none', '-O', 'raw']}
+        took = run_timed([*prefix, QEMU_IMG, *command[self.command],
+                          '--image-opts', f'driver=raw,{options}',
+                          *[target] * (self.command == 'convert')])
+        self.verify(bench, took['output'], target)
+        return {m: took[m] for m in TIMES}
+
+    def verify(self, bench, output, target):
+        path = sparse_file(bench, self.extents)
+        if self.command == 'convert':
+            qemu_img('compare', '-q', '-f', 'raw', '-F', 'raw', path, target)
+            os.unlink(target)
+            return
+        expected = json.loads(qemu_img('map', '--output=json', '-f', 'raw',
+                                       path))
+        if json.loads(output) != expected:
+            raise Failed('qemu-img map does not print the same')
+
+
+class ExtentsOfServer(ExtentsRow):
+    """Where each question takes some time"""
+
+    sides = ['stock', 'with', "the server's"]
+
+    def __init__(self, *args, delay=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.delay = delay
+
+    def measure(self, bench, side):
+        plugin = ['file', sparse_file(bench, self.extents)]
+        filters = ['--filter=cacheextents'] * (side == "the server's")
+        with SlowDisk(plugin, extents_delay=self.delay, block=512,
+                      filters=filters) as disk:
+            if side == 'with':
+                options = ('file.driver=cacheextents,' +
+                           disk.options('file.file.'))
+            else:
+                options = disk.options('file.')
+            result = self.run(bench, options)
+        return dict(result, questions=disk.questions)
+
+
+class ExtentsOfFile(ExtentsRow):
+    """Where asking is cheap"""
+
+    sides = ['stock', 'with']
+
+    def options(self, bench, side):
+        path = sparse_file(bench, self.extents)
+        if side == 'with':
+            return ('file.driver=cacheextents,' +
+                    direct_file(path, 'file.file.'))
+        return direct_file(path, 'file.')
+
+    def once(self, bench, side):
+        log = RequestLog(sparse_file(bench, self.extents), 'lseek')
+        self.run(bench, self.options(bench, side), log.prefix)
+        return {'lseeks': log.count('lseek')}
+
+    def measure(self, bench, side):
+        return self.run(bench, self.options(bench, side))
+
+
+def extents_rows():
+    for command in 'map', 'convert':
+        yield ExtentsOfServer(
+            f'extents-22-{command}', f'{command} of a 2 GiB disk with 22'
+            ' extents',
+            [value_of('with', 'questions', at_most=2),
+             value_of('stock', 'questions'),
+             value_of("the server's", 'questions')], command, 22)
+        yield ExtentsOfServer(
+            f'extents-5000-{command}', f'{command} of a 2 GiB disk with 5000'
+            ' extents, 5 ms a question',
+            [value_of('with', 'questions', at_most=2),
+             ratio('stock', 'with'), ratio("the server's", 'with'),
+             difference('with', 'stock', 'memory', at_most=4 * MIB)],
+            command, 5000, delay='5ms')
+    yield ExtentsOfFile(
+        'extents-file-convert', 'convert of a local file with 5000 extents',
+        [ratio('with', 'stock', 'lseeks', at_most=1), ratio('with', 'stock')],
+        'convert', 5000, repeats=MANY)
+
+
 SLOW = 'a disk with 4 KiB blocks and 4 ms a request'
 DIRECT = 'a file with O_DIRECT'
 
@@ -377,4 +492,6 @@ ROWS = [
     ConvertToFile('convert-files-file-w', f'512 MiB of files to {DIRECT}, zstd,'
                   ' -W', figures_of_convert_to_file(), files_source,
                   options=['-W']),
+
+    *extents_rows(),
 ]

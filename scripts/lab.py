@@ -100,11 +100,19 @@ class RequestLog:
 
     CALLS = 'pread64,preadv,preadv2,pwrite64,pwritev,pwritev2'
 
-    def __init__(self, path):
+    def __init__(self, path, calls=CALLS):
         self.log = path + '.strace'
         # To be put before the command
         self.prefix = ['strace', '-f', '--seccomp-bpf', '-qq', '-o', self.log,
-                       '-P', path, '-e', f'trace={self.CALLS}']
+                       '-P', path, '-e', f'trace={calls}']
+
+    def count(self, call):
+        """How often a system call was made"""
+        with open(self.log, encoding='utf-8', errors='replace') as f:
+            found = sum(bool(re.search(rf'\b{call}(\(| resumed).* = ', line))
+                        for line in f)
+        os.unlink(self.log)
+        return found
 
     def read(self):
         """{'reads': ..., 'writes': ..., 'written': bytes}"""
@@ -163,20 +171,24 @@ class SlowDisk(Server):
 
     plugin is what it consists of, in nbdkit's words, for instance
     ['memory', '1G'] or ['file', 'PATH']. Each request takes the time delay, for
-    instance '4ms'. self.options is the disk for QEMU, as a list of options of
-    the node, with the prefix given.
+    instance '4ms', and each question for block status extents_delay. filters
+    are filters before all others. self.options is the disk for QEMU, as a list
+    of options of the node, with the prefix given.
 
     Afterwards self.reads, self.writes, self.written (in bytes, as nbdkit rounds
-    them) and requests() tell what it had to do.
+    them), self.questions and requests() tell what it had to do.
     """
 
-    def __init__(self, plugin, delay=None, block=4096):
+    def __init__(self, plugin, delay=None, block=4096, extents_delay=None,
+                 filters=()):
         super().__init__()
         self.stats = os.path.join(self.folder.name, 'stats')
         self.plugin = plugin
         self.delay = delay
         self.block = block
-        self.reads = self.writes = self.written = 0
+        self.extents_delay = extents_delay
+        self.filters = filters
+        self.reads = self.writes = self.written = self.questions = 0
 
     def requests(self):
         return {'requests': self.reads + self.writes, 'reads': self.reads,
@@ -187,14 +199,17 @@ class SlowDisk(Server):
                 f'{prefix}server.path={self.socket}')
 
     def command(self, path):
-        command = ['nbdkit', '-f', '-U', path, '--filter=blocksize-policy',
-                   '--filter=stats']
+        command = ['nbdkit', '-f', '-U', path, *self.filters,
+                   '--filter=blocksize-policy', '--filter=stats']
         options = [f'blocksize-minimum={self.block}',
                    'blocksize-preferred=65536', 'blocksize-maximum=32M',
                    'blocksize-error-policy=error', f'statsfile={self.stats}']
-        if self.delay:
+        if self.delay or self.extents_delay:
             command.append('--filter=delay')
+        if self.delay:
             options += [f'rdelay={self.delay}', f'wdelay={self.delay}']
+        if self.extents_delay:
+            options.append(f'delay-extents={self.extents_delay}')
         return [*command, *self.plugin, *options]
 
     def __exit__(self, *exception):
@@ -214,6 +229,7 @@ class SlowDisk(Server):
                 if m and m.group(1) not in seen:
                     ops, size, name = m.groups()[1:]
                     seen[m.group(1)] = (int(ops), float(size) * unit[name])
+        self.questions = seen.get('extents', (0, 0))[0]
         self.reads = seen.get('read', (0, 0))[0]
         self.writes, self.written = seen.get('write', (0, 0))
 
