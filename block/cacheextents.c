@@ -24,8 +24,8 @@
  *
  * Only children without children of their own are cached, which are protocol
  * nodes: others do not see all that changes below them.  Their questions are
- * passed on.  So is a question that failed: the child may well have an answer
- * for a smaller range.
+ * passed on.  When a question fails, the child is asked once more for what the
+ * caller wants to know: it may well have an answer for a smaller range.
  *
  * Extents start and end at sectors and at blocks of the child, because callers
  * round to those.  A block that has more than one status is data.
@@ -388,21 +388,22 @@ static GArray *cacheextents_whole_blocks(const GArray *answer, int64_t start,
 }
 
 /*
- * Ask the child for everything from @start on.
+ * Ask the child for what lies between @start and @end.
  *
  * Returns: 0, and the answer in whole blocks in *@answer, to be freed by the
  * caller; it is empty beyond the end of the child.  Else a negative errno.
  */
 static int coroutine_fn GRAPH_RDLOCK
-cacheextents_co_ask(BlockDriverState *bs, int64_t start, int64_t block,
-                    unsigned max, GArray **answer)
+cacheextents_co_ask(BlockDriverState *bs, int64_t start, int64_t end,
+                    int64_t block, unsigned max, GArray **answer)
 {
     BlockDriverState *child = bs->file->bs;
     g_autoptr(GArray) extents = g_array_new(false, false,
                                             sizeof(BdrvBlockExtent));
-    int64_t end = bdrv_co_getlength(child);
-    int ret = end < 0 ? end : 0;
+    int64_t len = bdrv_co_getlength(child);
+    int ret = len < 0 ? len : 0;
 
+    end = MIN(end, len);
     if (end > start) {
         ret = bdrv_co_block_extents(child, start, end - start, max, extents);
     }
@@ -414,8 +415,9 @@ cacheextents_co_ask(BlockDriverState *bs, int64_t start, int64_t block,
 }
 
 /*
- * The same, but keep of the answer what may be kept.  Called with s->lock held,
- * which is released meanwhile.
+ * Ask the child for everything from @start on, and keep of the answer what may
+ * be kept.  The answer is returned as well, as by cacheextents_co_ask().
+ * Called with s->lock held, which is released meanwhile.
  */
 static int coroutine_fn GRAPH_RDLOCK
 cacheextents_co_learn_locked(BlockDriverState *bs, int64_t start,
@@ -439,7 +441,7 @@ cacheextents_co_learn_locked(BlockDriverState *bs, int64_t start,
     QLIST_INSERT_HEAD(&s->questions, &q, next);
     qemu_mutex_unlock(&s->lock);
 
-    ret = cacheextents_co_ask(bs, start, block, max, answer);
+    ret = cacheextents_co_ask(bs, start, INT64_MAX, block, max, answer);
 
     qemu_mutex_lock(&s->lock);
     QLIST_REMOVE(&q, next);
@@ -494,13 +496,16 @@ static int cacheextents_find_in(const GArray *answer, int64_t start,
 }
 
 /*
- * The status at @offset from the set, or from the child.
+ * The status at @offset from the set, or from the child.  If it fails with
+ * -ENOENT (beyond the end of the child) or -ENOTSUP, the child is to be asked
+ * as if there were no filter.
  *
- * Returns: its flags, and in *@pnum for how many bytes they are true; a
- * negative errno if the child did not answer.
+ * Returns: its flags, and in *@pnum for how many bytes they are true; or a
+ * negative errno.
  */
 static int coroutine_fn GRAPH_RDLOCK
-cacheextents_co_find(BlockDriverState *bs, int64_t offset, int64_t *pnum)
+cacheextents_co_find(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                     int64_t *pnum)
 {
     BDRVCacheExtentsState *s = bs->opaque;
     g_autoptr(GArray) answer = NULL;
@@ -527,6 +532,17 @@ cacheextents_co_find(BlockDriverState *bs, int64_t offset, int64_t *pnum)
         s->misses++;
         start = QEMU_ALIGN_DOWN(offset, s->block);
         ret = cacheextents_co_learn_locked(bs, start, &answer);
+        if (ret < 0 && ret != -ENOTSUP) {
+            int64_t block = s->block;
+
+            /* The child may well have an answer to a smaller question */
+            qemu_mutex_unlock(&s->lock);
+            if (cacheextents_co_ask(bs, start, offset + bytes, block, 1,
+                                    &answer) == 0) {
+                ret = 0;
+            }
+            qemu_mutex_lock(&s->lock);
+        }
         if (ret >= 0) {
             ret = cacheextents_find_in(answer, start, offset, pnum);
         }
@@ -546,9 +562,9 @@ cacheextents_co_block_status(BlockDriverState *bs, bool want_zero,
 
     /* Always ask for the precise answer, it is good for everybody */
     if (cacheextents_can_keep(bs)) {
-        ret = cacheextents_co_find(bs, offset, pnum);
+        ret = cacheextents_co_find(bs, offset, bytes, pnum);
     }
-    if (ret < 0) {
+    if (ret == -ENOTSUP || ret == -ENOENT) {
         *pnum = bytes;
         ret = BDRV_BLOCK_RAW | BDRV_BLOCK_OFFSET_VALID;
     }
