@@ -584,23 +584,28 @@ int coroutine_fn wb_co_preadv_part(BlockDriverState *bs, WriteBehind *wb,
                                    QEMUIOVector *qiov, size_t qiov_offset,
                                    BdrvRequestFlags flags)
 {
-    g_autoptr(GArray) gaps = g_array_new(false, false, sizeof(WriteBehindGap));
+    g_autoptr(GArray) gaps = NULL;
     int64_t missing = 0;
     int ret;
 
     WITH_QEMU_LOCK_GUARD(&wb->lock) {
-        wb_read_cached_locked(wb, offset, bytes, qiov, qiov_offset, gaps);
-        for (guint i = 0; i < gaps->len; i++) {
-            missing += g_array_index(gaps, WriteBehindGap, i).bytes;
-        }
-        if (missing < bytes) {
+        if (seqcache_gap(wb->cache, offset, bytes) < bytes) {
+            gaps = g_array_new(false, false, sizeof(WriteBehindGap));
+            wb_read_cached_locked(wb, offset, bytes, qiov, qiov_offset, gaps);
+            for (guint i = 0; i < gaps->len; i++) {
+                missing += g_array_index(gaps, WriteBehindGap, i).bytes;
+            }
             wb->stats.read_hits++;
             wb->stats.read_hit_bytes += bytes - missing;
         }
     }
 
-    if (gaps->len && !bs->file) {
+    if ((!gaps || gaps->len) && !bs->file) {
         return -ENOMEDIUM;
+    }
+    if (!gaps) {
+        return bdrv_co_preadv_part(bs->file, offset, bytes, qiov, qiov_offset,
+                                   flags);
     }
 
     for (guint i = 0; i < gaps->len; i++) {
