@@ -53,10 +53,16 @@
 /* A question that overlaps with more changes than this keeps nothing */
 #define MAX_NOTED_CHANGES 1024
 
-/* What is known about the bytes from @node.start to @node.last */
+/*
+ * What is known about the bytes from @node.start to @last.  If an answer ended
+ * there, the child's extent can be longer.  Then @node.last is where it can go
+ * to at most, which is before the next extent that is known; else it is @last.
+ */
 typedef struct CachedExtent {
     IntervalTreeNode node;
+    uint64_t last;
     int flags;
+    bool open_start; /* an answer began here, the child's extent may not */
 } CachedExtent;
 
 /* A request that can change the block status */
@@ -170,11 +176,20 @@ static void cacheextents_forget_locked(BDRVCacheExtentsState *s)
     }
 }
 
+/* The extent that has the byte at @offset, or NULL.  s->lock is held. */
+static CachedExtent *cacheextents_at_locked(BDRVCacheExtentsState *s,
+                                            uint64_t offset)
+{
+    CachedExtent *e = cacheextents_first_locked(s, offset, offset);
+
+    return e && offset <= e->last ? e : NULL;
+}
+
 /* Drop the extent at @offset if it has these flags.  s->lock is held. */
 static void cacheextents_drop_twin_locked(BDRVCacheExtentsState *s,
                                           uint64_t offset, int flags)
 {
-    CachedExtent *e = cacheextents_first_locked(s, offset, offset);
+    CachedExtent *e = cacheextents_at_locked(s, offset);
 
     if (e && e->flags == flags) {
         s->invalidations++;
@@ -183,9 +198,27 @@ static void cacheextents_drop_twin_locked(BDRVCacheExtentsState *s,
 }
 
 /*
- * The child changes in this range: drop all extents that it touches.  What an
- * answer's end or max-extents has cut in two is one extent for the child, so
- * neighbours of the same status go as well.  Called with s->lock held.
+ * The child's extent changes.  Where answers have cut it into several, the
+ * neighbours have the same status.  Called with s->lock held.
+ */
+static void cacheextents_drop_whole_locked(BDRVCacheExtentsState *s,
+                                           CachedExtent *e)
+{
+    uint64_t start = e->node.start;
+    uint64_t last = e->last;
+    int flags = e->flags;
+
+    s->invalidations++;
+    cacheextents_drop_locked(s, e);
+    cacheextents_drop_twin_locked(s, last + 1, flags);
+    if (start) {
+        cacheextents_drop_twin_locked(s, start - 1, flags);
+    }
+}
+
+/*
+ * The child changes in this range: drop all extents that it touches, as far as
+ * they may go.  Called with s->lock held.
  */
 static void cacheextents_invalidate_locked(BDRVCacheExtentsState *s,
                                            Range *range)
@@ -195,16 +228,11 @@ static void cacheextents_invalidate_locked(BDRVCacheExtentsState *s,
     while ((e = cacheextents_first_locked(s, range_lob(range),
                                           range_upb(range))))
     {
-        uint64_t start = e->node.start;
-        uint64_t last = e->node.last;
-        int flags = e->flags;
-
-        s->invalidations++;
-        cacheextents_drop_locked(s, e);
-        cacheextents_drop_twin_locked(s, last + 1, flags);
-        if (start) {
-            cacheextents_drop_twin_locked(s, start - 1, flags);
-        }
+        cacheextents_drop_whole_locked(s, e);
+    }
+    e = cacheextents_first_locked(s, range_upb(range), UINT64_MAX);
+    if (e && e->open_start) {
+        cacheextents_drop_whole_locked(s, e);
     }
 }
 
@@ -221,13 +249,18 @@ static void cacheextents_make_room_locked(BDRVCacheExtentsState *s,
     CachedExtent *e;
 
     while ((e = cacheextents_first_locked(s, start, last))) {
-        if (e->node.last <= last) {
+        if (e->last >= start && e->last <= last) {
             cacheextents_drop_locked(s, e);
-        } else {
-            interval_tree_remove(&e->node, &s->extents);
-            e->node.start = last + 1;
-            interval_tree_insert(&e->node, &s->extents);
+            continue;
         }
+        interval_tree_remove(&e->node, &s->extents);
+        if (e->last < start) {
+            e->node.last = start - 1;
+        } else {
+            e->node.start = last + 1;
+            e->open_start = false;
+        }
+        interval_tree_insert(&e->node, &s->extents);
     }
     while (s->nb_extents + nb > s->max_extents) {
         e = cacheextents_first_locked(s, 0, UINT64_MAX);
@@ -241,20 +274,32 @@ static void cacheextents_keep_locked(BDRVCacheExtentsState *s, int64_t start,
 {
     guint nb = MIN(answer->len, s->max_extents);
     int64_t end = start;
+    uint64_t limit = UINT64_MAX;
+    bool open_start;
+    CachedExtent *e;
 
     for (guint i = 0; i < nb; i++) {
         end += g_array_index(answer, BdrvBlockExtent, i).bytes;
     }
     cacheextents_make_room_locked(s, start, end - 1, nb);
 
+    /* If a neighbour is known, the extent ends there, or the two are twins */
+    open_start = start && !cacheextents_at_locked(s, start - 1);
+    e = cacheextents_first_locked(s, end, UINT64_MAX);
+    if (e) {
+        limit = e->node.start - 1;
+    }
+
     for (guint i = 0; i < nb; i++) {
         const BdrvBlockExtent *extent = &g_array_index(answer, BdrvBlockExtent,
                                                        i);
-        CachedExtent *e = g_new(CachedExtent, 1);
 
+        e = g_new(CachedExtent, 1);
+        e->last = start + extent->bytes - 1;
         e->node.start = start;
-        e->node.last = start + extent->bytes - 1;
+        e->node.last = i == answer->len - 1 ? limit : e->last;
         e->flags = extent->flags;
+        e->open_start = i == 0 && open_start;
         interval_tree_insert(&e->node, &s->extents);
         start += extent->bytes;
     }
@@ -468,13 +513,13 @@ cacheextents_co_learn_locked(BlockDriverState *bs, int64_t start,
 static int cacheextents_find_locked(BDRVCacheExtentsState *s, int64_t offset,
                                     int64_t *pnum)
 {
-    CachedExtent *e = cacheextents_first_locked(s, offset, offset);
+    CachedExtent *e = cacheextents_at_locked(s, offset);
 
     if (!e) {
         return -ENOENT;
     }
     s->hits++;
-    *pnum = e->node.last + 1 - offset;
+    *pnum = e->last + 1 - offset;
     return e->flags;
 }
 
@@ -732,8 +777,8 @@ static int cacheextents_open(BlockDriverState *bs, QDict *options, int flags,
     }
     ret = bdrv_open_file_child(NULL, options, "file", bs, errp);
     if (ret < 0) {
-        error_prepend(errp, "cacheextents needs a child in 'file' that no other "
-                      "node writes to: ");
+        error_prepend(errp, "cacheextents needs a child in 'file' that no "
+                      "other node writes to: ");
         return ret;
     }
 

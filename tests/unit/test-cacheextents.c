@@ -314,6 +314,20 @@ static void test_reach(void)
     g_assert_cmpint(status(t, 15 * BLOCK), ==, DATA);
     test_free(t);
 
+    /* The same without a second answer, which would begin there */
+    t = test_new(&config, 0);
+    status(t, 0);
+    change_ok(t, OP_WRITE, 16 * BLOCK - 512, 512);
+    g_assert_cmpint(status(t, 15 * BLOCK), ==, DATA);
+    test_free(t);
+
+    /* And without a first one, which would end there */
+    t = test_new(&config, 0);
+    status(t, 5 * BLOCK + 512);
+    change_ok(t, OP_WRITE, 5 * BLOCK, 512);
+    g_assert_cmpint(status(t, 5 * BLOCK + 512), ==, DATA);
+    test_free(t);
+
     /* What is beyond a new answer is not forgotten */
     t = test_new(&config, 0);
     status(t, 8 * BLOCK);
