@@ -431,7 +431,7 @@ def extents_rows():
             [value_of('with', 'questions', at_most=2),
              ratio('stock', 'with'), ratio("the server's", 'with'),
              difference('with', 'stock', 'memory', at_most=4 * MIB)],
-            command, 5000, delay='5ms')
+            command, 5000, repeats=2, delay='5ms')
     yield ExtentsOfFile(
         'extents-file-convert', 'convert of a local file with 5000 extents',
         [ratio('with', 'stock', 'lseeks', at_most=1), ratio('with', 'stock')],
