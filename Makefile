@@ -76,6 +76,7 @@ help:
 	@echo '                       runs only these; SEED=N repeats a run. The parts:'
 	@echo '                       model fuzz unit write-behind filter'
 	@echo '                       filter-images cacheextents qcow2 corrupt'
+	@echo '                       power-cuts kills'
 	@echo 'make stock-results     rebuild the list of what an unpatched QEMU'
 	@echo '                       does in the iotests of qcow2 compression'
 	@echo 'make clean             remove the prepared tree and all builds'

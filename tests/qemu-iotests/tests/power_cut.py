@@ -1,17 +1,17 @@
-# A disk that records what reaches it, and what can be left on it when its power
-# fails
+# A disk that records what reaches it, and what can be left on it when its
+# power fails
 #
 # The disk is an NBD server with a volatile write cache.  It answers concurrent
 # requests in random order.  A write is safe only if it was answered before a
-# flush arrived that was answered, too (or if it had FUA).  When the power fails,
-# of all other writes any may be there, wholly or some of their sectors, or not.
+# flush arrived that was answered, too (or if it had FUA).  When the power
+# fails, of all other writes any may be there, wholly or some of their sectors,
+# or not.  A discard leaves anything.
 #
 # Each test case of PowerCuts goes through the logs of random work until it has
-# seen POWER_CUT_IMAGES different images (default 100, and at least one whole
-# log): what is there at each request, and POWER_CUT_PER_REQUEST random ones for
-# each (default 0.5).  POWER_CUT_STOCK=1: do the same work with the cache off as
-# well.  POWER_CUT_REPORT names a file that gets the figures.  Repeat what
-# failed: POWER_CUT_SEED.
+# seen POWER_CUT_IMAGES different images (default 60, and at least one whole
+# log): what is there at each request, and POWER_CUT_PER_REQUEST random ones
+# for each (default 0.5).  POWER_CUT_STOCK=1: do the same work with the cache
+# off as well.  Repeat what failed: POWER_CUT_SEED.
 #
 # This work is licensed under the terms of the GNU GPL, version 2 or later.
 # See the COPYING file in the top-level directory.
@@ -19,7 +19,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import collections
-import json
 import os
 import random
 import select
@@ -27,6 +26,7 @@ from typing import (
     Any, Counter, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 )
 
+from qcow2_compressed_cache import add_figures
 from scripted_nbd import (
     FLUSH, READ, TRIM, WRITE, WRITE_ZEROES, Connection, Handler, Request,
     ScriptedNbd, handle_read
@@ -34,10 +34,9 @@ from scripted_nbd import (
 import iotests
 
 
-nb_images = int(os.environ.get('POWER_CUT_IMAGES', 100))
+nb_images = int(os.environ.get('POWER_CUT_IMAGES', 60))
 per_request = float(os.environ.get('POWER_CUT_PER_REQUEST', 0.5))
 stock = os.environ.get('POWER_CUT_STOCK', '0') != '0'
-report = os.environ.get('POWER_CUT_REPORT')
 
 
 SECTOR = 512
@@ -99,6 +98,9 @@ class RecordingDisk(ScriptedNbd):
         super().__init__(path, len(data))
         self.block_sizes = (block_size, 65536, 32 * 1024 * 1024)
 
+    def __enter__(self) -> 'RecordingDisk':
+        return self
+
     def note(self, req: Request) -> Handler:
         return RecordingDisk.handle
 
@@ -117,9 +119,9 @@ class RecordingDisk(ScriptedNbd):
             disk.nb_arrived += 1
         else:
             ScriptedNbd.note(disk, req)(conn, req)
-        # Answer when there is nothing to be read
+        # Answer when nothing more comes, at once or within some time
         while disk.pending:
-            wait = 0.0005 if disk.rand.randrange(4) == 0 else 0
+            wait = disk.rand.choice((0, 0, 0, 0, 0.0005, 0.0005, 0.0005, 0.01))
             if select.select([conn.sock], [], [], wait)[0]:
                 return
             disk.answer(conn, disk.pending.pop(
@@ -246,6 +248,7 @@ class Cut(NamedTuple):
     notes: List[Any]
 
 
+# pylint: disable-next=too-many-instance-attributes
 class Replay:
     '''
     Goes through the log of a disk, and cuts the power
@@ -338,9 +341,8 @@ class Replay:
                 self.change(data, self.volatile[number], keep, tear)
         return bytes(data)
 
-    def change(self, data: bytearray, req: Request, keep: float, tear: float
-               ) -> None:
-        '''A discard that is certain leaves anything, one that is not as well'''
+    def change(self, data: bytearray, req: Request, keep: float,
+               tear: float) -> None:
         torn = tear and self.rand.random() < tear
         if not torn and req.type != TRIM:
             data[req.offset:req.offset + req.length] = \
@@ -374,9 +376,7 @@ class PowerCuts(iotests.QMPTestCase):
     def tearDown(self) -> None:
         for kind, order, *_ in self.mixed:
             self.tally[f'{kind} mixed units {order}'] += 1
-        if report:
-            with open(report, 'a', encoding='utf-8') as f:
-                f.write(json.dumps({'case': self.id(), **self.tally}) + '\n')
+        add_figures(self, self.tally)
 
     def record(self, cache: bool) -> RecordingDisk:
         '''Do some work, which depends on self.rand'''

@@ -5,6 +5,7 @@
 #
 # SPDX-License-Identifier: GPL-2.0-or-later
 
+import json
 import os
 import random
 import re
@@ -13,7 +14,7 @@ import struct
 import subprocess
 import time
 from typing import (
-    Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+    Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 )
 
 import iotests
@@ -415,6 +416,14 @@ class NbdDisk:
         with open(self.log, encoding='utf-8') as f:
             return [Request(match[1], int(match[2], 16), int(match[3], 16))
                     for match in map(self.log_re.search, f) if match]
+
+
+def add_figures(case: iotests.QMPTestCase, figures: Mapping[str, int]) -> None:
+    '''Append to the file that TEST_FIGURES names what a test case counted'''
+    path = os.environ.get('TEST_FIGURES')
+    if path:
+        with open(path, 'a', encoding='utf-8') as f:
+            f.write(json.dumps({'case': case.id(), **figures}) + '\n')
 
 
 def overlaps(request: Request, ranges: List[Tuple[int, int]]) -> bool:

@@ -8,7 +8,9 @@
 
 import struct
 import zlib
-from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import (
+    Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+)
 
 
 COPIED = 1 << 63
@@ -58,6 +60,7 @@ class Inflater:
         return self.known[data]
 
 
+# pylint: disable-next=too-many-instance-attributes
 class Qcow2Image:
     '''
     An image as version 3 has it, with refcounts of 16 bits, zlib, and none of:
@@ -156,7 +159,8 @@ class Qcow2Image:
         self.check_copied(problems)
         return problems
 
-    def count_l2(self, l1_entry: int, count, problems: List[Problem]) -> None:
+    def count_l2(self, l1_entry: int, count: Callable[[int, int], None],
+                 problems: List[Problem]) -> None:
         offset = l1_entry & OFFSET_MASK
         if l1_entry & L1_RESERVED:
             problems.append(Problem('L1 entry', f'{l1_entry:x}'))
@@ -219,8 +223,8 @@ class Qcow2Image:
         '''Its clusters; None for one whose data cannot be decompressed'''
         l1_offset, l1_size = self.l1_offset, self.l1_size
         if snapshot is not None:
-            _, l1_offset, l1_size = next(s for s in self.snapshots
-                                         if s.name == snapshot)
+            _, l1_offset, l1_size = [s for s in self.snapshots
+                                     if s.name == snapshot][0]
         zero = bytes(self.cluster_size)
         words = self.cluster_size // 8
         left = self.size >> self.bits
