@@ -23,9 +23,35 @@
 /* It can grow up to this */
 #define DISK_MAX_SIZE (1 * MiB)
 
+/* Kinds of requests */
+enum {
+    DISK_READ       = 1 << 0,
+    DISK_WRITE      = 1 << 1, /* of data, also compressed and copied */
+    DISK_ZERO       = 1 << 2,
+    DISK_DISCARD    = 1 << 3,
+    DISK_TRUNCATE   = 1 << 4,
+    DISK_FLUSH      = 1 << 5,
+    DISK_STATUS     = 1 << 6,
+    DISK_CHANGES    = DISK_WRITE | DISK_ZERO | DISK_DISCARD | DISK_TRUNCATE |
+                      DISK_FLUSH,
+    DISK_ALL        = DISK_CHANGES | DISK_READ | DISK_STATUS,
+};
+
+/* What is to fail, counting only the requests of some kinds */
+typedef struct DiskFault {
+    unsigned kinds;
+    unsigned first;     /* its number, from 1; 0: nothing fails */
+    bool lasting;       /* all that come after it fail as well */
+    int error;
+    /* A change that fails is done up to a block, or as a whole or not at all */
+    bool whole;
+    bool dead;          /* all but the first one are not done at all */
+} DiskFault;
+
 typedef struct DiskChange {
     int64_t offset;
     int64_t bytes;
+    unsigned kind;
     const uint8_t *src; /* NULL: zeroes */
     bool unmap;
     bool fua;
@@ -60,6 +86,10 @@ typedef struct Disk {
     unsigned percent_bad;
     /* Zero writes and copies are not supported in this many of 100 cases */
     unsigned percent_unsupported;
+    /* And those that disk_set_fault() asks for */
+    DiskFault fault;
+    unsigned nb_faultable;
+    unsigned nb_faults;
 
     /* All that were begun since the last disk_reset_counts() */
     struct {
@@ -156,9 +186,22 @@ static bool disk_chance_locked(Disk *d, unsigned percent)
 }
 
 /* Called with d->lock held */
-static int disk_result_locked(Disk *d)
+static int disk_result_locked(Disk *d, unsigned kind)
 {
-    return d->error ? -d->error :
+    DiskFault *f = &d->fault;
+
+    if (f->kinds & kind) {
+        d->nb_faultable++;
+        if (f->first && (d->nb_faultable == f->first ||
+                         (f->lasting && d->nb_faultable > f->first))) {
+            d->nb_faults++;
+            return -f->error;
+        }
+    }
+    if (d->error && kind != DISK_READ && kind != DISK_STATUS) {
+        return -d->error;
+    }
+    return !d->error && kind != DISK_STATUS &&
            disk_chance_locked(d, d->percent_bad) ? -EIO : 0;
 }
 
@@ -239,11 +282,15 @@ static int coroutine_fn disk_co_store(Disk *d, DiskChange *c)
     }
     /* It does not grow before it is clear that it will */
     n = g_rand_int_range(d->rand, 0, c->bytes + 1);
+    if (d->fault.first) {
+        n = d->fault.whole ? n % 2 * c->bytes : QEMU_ALIGN_DOWN(n, d->align);
+        n = d->fault.dead && d->nb_faults ? 0 : n;
+    }
     n = MIN(n, MAX(d->len - c->offset, 0));
     disk_store_locked(d, c, 0, n);
     disk_delay_locked(d);
 
-    ret = disk_result_locked(d);
+    ret = disk_result_locked(d, c->kind);
     if (ret == 0) {
         disk_store_locked(d, c, n, c->bytes - n);
         if (c->can_grow) {
@@ -275,7 +322,7 @@ static int coroutine_fn disk_co_preadv(BlockDriverState *bs, int64_t offset,
     qemu_iovec_from_buf(qiov, 0, d->data + offset, n);
     disk_delay_locked(d);
     qemu_iovec_from_buf(qiov, n, d->data + offset + n, bytes - n);
-    ret = d->error ? 0 : disk_result_locked(d);
+    ret = disk_result_locked(d, DISK_READ);
     d->nb_in_flight--;
     return ret;
 }
@@ -298,8 +345,8 @@ static int coroutine_fn disk_co_pwritev(BlockDriverState *bs, int64_t offset,
     g_autofree uint8_t *begin = NULL;
     g_autofree uint8_t *end = g_malloc(bytes);
     DiskChange c = {
-        .offset = offset, .bytes = bytes, .fua = flags & BDRV_REQ_FUA,
-        .can_grow = true,
+        .offset = offset, .bytes = bytes, .kind = DISK_WRITE,
+        .fua = flags & BDRV_REQ_FUA, .can_grow = true,
     };
     int ret;
 
@@ -323,7 +370,9 @@ static int coroutine_fn disk_co_pwritev_compressed(BlockDriverState *bs,
 {
     Disk *d = bs->opaque;
     g_autofree uint8_t *buf = NULL;
-    DiskChange c = { .offset = offset, .bytes = bytes, .can_grow = true };
+    DiskChange c = {
+        .offset = offset, .bytes = bytes, .kind = DISK_WRITE, .can_grow = true,
+    };
 
     WITH_QEMU_LOCK_GUARD(&d->lock) {
         d->nb.compressed++;
@@ -338,7 +387,8 @@ static int coroutine_fn disk_co_pwrite_zeroes(BlockDriverState *bs,
 {
     Disk *d = bs->opaque;
     DiskChange c = {
-        .offset = offset, .bytes = bytes, .fua = flags & BDRV_REQ_FUA,
+        .offset = offset, .bytes = bytes, .kind = DISK_ZERO,
+        .fua = flags & BDRV_REQ_FUA,
         .unmap = flags & BDRV_REQ_MAY_UNMAP, .can_refuse = true,
         .can_grow = true,
     };
@@ -354,7 +404,9 @@ static int coroutine_fn disk_co_pdiscard(BlockDriverState *bs, int64_t offset,
                                          int64_t bytes)
 {
     Disk *d = bs->opaque;
-    DiskChange c = { .offset = offset, .bytes = bytes, .unmap = true };
+    DiskChange c = {
+        .offset = offset, .bytes = bytes, .kind = DISK_DISCARD, .unmap = true,
+    };
 
     if (!QEMU_IS_ALIGNED(offset | bytes, d->align)) {
         return -ENOTSUP;
@@ -384,8 +436,8 @@ disk_co_copy_range_to(BlockDriverState *bs, BdrvChild *src,
 {
     Disk *d = bs->opaque;
     DiskChange c = {
-        .offset = dst_offset, .bytes = bytes, .src = d->data + src_offset,
-        .can_refuse = true, .can_grow = true,
+        .offset = dst_offset, .bytes = bytes, .kind = DISK_WRITE,
+        .src = d->data + src_offset, .can_refuse = true, .can_grow = true,
     };
 
     g_assert(src->bs == bs && dst->bs == bs);
@@ -411,7 +463,7 @@ disk_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     d->truncate_flags = flags;
     disk_change_begin_locked(d, &c);
     disk_delay_locked(d);
-    ret = offset > DISK_MAX_SIZE ? -EFBIG : disk_result_locked(d);
+    ret = offset > DISK_MAX_SIZE ? -EFBIG : disk_result_locked(d, DISK_TRUNCATE);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Cannot truncate disk");
     } else {
@@ -430,7 +482,7 @@ static int coroutine_fn disk_co_flush(BlockDriverState *bs)
     QEMU_LOCK_GUARD(&d->lock);
 
     d->nb.flushes++;
-    ret = disk_result_locked(d);
+    ret = disk_result_locked(d, DISK_FLUSH);
     if (ret == 0 && d->unstable_start < d->unstable_end) {
         memcpy(d->stable + d->unstable_start, d->data + d->unstable_start,
                d->unstable_end - d->unstable_start);
@@ -443,6 +495,22 @@ static int coroutine_fn disk_co_flush(BlockDriverState *bs)
     return ret;
 }
 
+/*
+ * The status of the block that @offset lies in.  Called with d->lock held.
+ */
+static int disk_flags_locked(Disk *d, int64_t offset)
+{
+    int64_t block = MAX(d->align, BDRV_SECTOR_SIZE);
+    int64_t start = QEMU_ALIGN_DOWN(offset, block);
+    bool any = false;
+
+    for (int64_t i = start; i < MIN(start + block, DISK_MAX_SIZE);
+         i += BDRV_SECTOR_SIZE) {
+        any |= d->mapped[i / BDRV_SECTOR_SIZE];
+    }
+    return (any ? BDRV_BLOCK_DATA : BDRV_BLOCK_ZERO) | BDRV_BLOCK_OFFSET_VALID;
+}
+
 /* Sometimes it tells no more than what is in the first few blocks */
 static int coroutine_fn disk_co_block_status(BlockDriverState *bs,
                                              bool want_zero, int64_t offset,
@@ -453,33 +521,27 @@ static int coroutine_fn disk_co_block_status(BlockDriverState *bs,
     Disk *d = bs->opaque;
     int64_t block = MAX(d->align, BDRV_SECTOR_SIZE);
     int64_t end = offset + bytes;
-    int64_t pos = ROUND_DOWN(offset, block);
-    int first = -1;
+    int64_t pos = QEMU_ALIGN_DOWN(offset, block);
+    int flags, ret;
 
     QEMU_LOCK_GUARD(&d->lock);
 
     disk_delay_locked(d);
+    ret = disk_result_locked(d, DISK_STATUS);
+    if (ret < 0) {
+        return ret;
+    }
     if (d->max_hops) {
         end = MIN(end, pos + block * g_rand_int_range(d->rand, 1, 65));
     }
-    for (; pos < end; pos += block) {
-        bool any = false;
-        int64_t i;
-
-        for (i = pos; i < MIN(pos + block, DISK_MAX_SIZE);
-             i += BDRV_SECTOR_SIZE) {
-            any |= d->mapped[i / BDRV_SECTOR_SIZE];
-        }
-        if (first >= 0 && any != first) {
-            break;
-        }
-        first = any;
-    }
+    flags = disk_flags_locked(d, pos);
+    do {
+        pos += block;
+    } while (pos < end && disk_flags_locked(d, pos) == flags);
     *pnum = MIN(pos, offset + bytes) - offset;
     *map = offset;
     *file = bs;
-    return (first ? BDRV_BLOCK_DATA : BDRV_BLOCK_ZERO) |
-           BDRV_BLOCK_OFFSET_VALID;
+    return flags;
 }
 
 static BlockDriver bdrv_disk = {
@@ -517,6 +579,15 @@ static inline void disk_set_error(Disk *d, int error)
     d->error = error;
 }
 
+/* Count requests from now on; @fault can be all zeroes */
+static inline void disk_set_fault(Disk *d, DiskFault fault)
+{
+    QEMU_LOCK_GUARD(&d->lock);
+    d->fault = fault;
+    d->nb_faultable = 0;
+    d->nb_faults = 0;
+}
+
 static inline void disk_reset_counts(Disk *d)
 {
     QEMU_LOCK_GUARD(&d->lock);
@@ -550,7 +621,7 @@ typedef struct SeqCacheConfig {
 #define TEST_PERMS (BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE | \
                     BLK_PERM_WRITE_UNCHANGED | BLK_PERM_RESIZE)
 
-static SeqCacheTest *seqcache_test_new(const SeqCacheConfig *config)
+static inline SeqCacheTest *seqcache_test_new(const SeqCacheConfig *config)
 {
     SeqCacheTest *t = g_new0(SeqCacheTest, 1);
     QDict *opts = qdict_new();
@@ -581,7 +652,7 @@ static SeqCacheTest *seqcache_test_new(const SeqCacheConfig *config)
     return t;
 }
 
-static void seqcache_test_free(SeqCacheTest *t)
+static inline void seqcache_test_free(SeqCacheTest *t)
 {
     blk_unref(t->blk);
     bdrv_unref(t->bs);
@@ -614,8 +685,8 @@ static inline int64_t stat_cached_bytes(SeqCacheTest *t)
     return bytes;
 }
 
-static int seqcache_test_reopen(SeqCacheTest *t, int64_t cluster_size,
-                                int64_t cache_size)
+static inline int seqcache_test_reopen(SeqCacheTest *t, int64_t cluster_size,
+                                       int64_t cache_size)
 {
     QDict *opts = qdict_new();
 
