@@ -463,7 +463,8 @@ disk_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     d->truncate_flags = flags;
     disk_change_begin_locked(d, &c);
     disk_delay_locked(d);
-    ret = offset > DISK_MAX_SIZE ? -EFBIG : disk_result_locked(d, DISK_TRUNCATE);
+    ret = offset > DISK_MAX_SIZE ? -EFBIG :
+          disk_result_locked(d, DISK_TRUNCATE);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Cannot truncate disk");
     } else {

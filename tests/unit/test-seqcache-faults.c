@@ -760,8 +760,7 @@ static void on_alarm(int sig)
     ssize_t ret = write(STDERR_FILENO, current, strlen(current));
 
     ret += write(STDERR_FILENO, message, sizeof(message) - 1);
-    signal(SIGABRT, SIG_DFL);
-    abort();
+    _exit(ret > 0 ? 1 : 2);
 }
 
 static void get_env(const char *name, unsigned *value)
@@ -773,10 +772,12 @@ static void get_env(const char *name, unsigned *value)
 
 int main(int argc, char **argv)
 {
+    struct sigaction sa = { .sa_handler = on_alarm };
+
     bdrv_init();
     qemu_init_main_loop(&error_abort);
     g_test_init(&argc, &argv, NULL);
-    signal(SIGALRM, on_alarm);
+    sigaction(SIGALRM, &sa, NULL);
 
     get_env("TEST_FAULTS_ROUNDS", &rounds);
     get_env("TEST_FAULTS_ONLY", &only);

@@ -6,9 +6,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import os
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, List, Tuple, Union
 
-from qcow2_compressed_cache import Machine, QemuIo, dashes, hmp_io, opts
+from qcow2_compressed_cache import (
+    KiB, Machine, QemuIo, dashes, hmp_io, opts
+)
 import iotests
 from iotests import qemu_io
 
@@ -116,6 +118,80 @@ class Export:
         else:
             event = self.machine.get_qmp().pull_event(wait=60.0)
         assert event is not None and event['data']['id'] == self.name
+
+
+class Script:
+    '''
+    A fixed sequence of commands for qemu-io, and what they should result in.
+    The result of a command that has failed is not known until it is repeated.
+    '''
+    size = 256 * KiB
+    steps: Tuple[Tuple[str, int, int], ...] = (
+        ('write', 100, 1000), ('write', 1100, 5000), ('write', 65000, 3000),
+        ('read', 50000, 20000), ('write', 500, 1000), ('write', 131072, 65536),
+        ('write', 131000, 200), ('flush', 0, 0), ('write', 6100, 700),
+        ('read', 4000, 4000), ('write -z', 4096, 4096),
+        ('write -z -u', 65536, 8192), ('discard', 131072, 8192),
+        ('write -f', 10000, 300), ('write', 10300, 70000),
+        ('write', 200000, 500), ('write', 200500, 9500), ('flush', 0, 0),
+        ('write', 210000, 20000), ('write', 205000, 20000),
+        ('truncate', 245760, 0), ('write', 245000, 760),
+        ('truncate', 262144, 0), ('write', 262000, 100),
+        ('read', 195000, 8000), ('write', 0, 200), ('flush', 0, 0),
+        ('write -f', 131100, 77),
+    )
+
+    def __init__(self, case: iotests.QMPTestCase, io: QemuIo) -> None:
+        self.case = case
+        self.io = io
+        self.data = bytearray(self.size)
+        self.unknown = bytearray(self.size)
+        self.failed: List[int] = []
+
+    def read(self, offset: int, length: int) -> bool:
+        data = self.io.read(offset, length)
+        if not data:
+            return False
+        unknown = self.unknown[offset:offset + length]
+        expected = bytes(b if u else a for a, b, u in zip(
+            self.data[offset:offset + length], data, unknown))
+        self.case.assertTrue(data == expected, 'wrong data')
+        return True
+
+    def step(self, number: int) -> bool:
+        command, offset, length = self.steps[number]
+        if command == 'read':
+            return self.read(offset, length)
+
+        pattern = 0
+        if command in ('write', 'write -f'):
+            pattern = number + 1
+            out = self.io.cmd(f'{command} -P {pattern} {offset} {length}')
+        elif command == 'truncate':
+            out = self.io.cmd(f'truncate {offset}')
+        else:
+            out = self.io.cmd(f'{command} {offset} {length}'
+                              if length else command)
+        done = all(word not in out for word in ('rror', 'ailed', 'No space'))
+        if command == 'truncate':
+            if done:
+                self.data = self.data[:offset].ljust(self.size, b'\0')
+                self.unknown = self.unknown[:offset].ljust(self.size, b'\0')
+        else:
+            self.data[offset:offset + length] = bytes([pattern]) * length
+            self.unknown[offset:offset + length] = bytes([not done]) * length
+        return done
+
+    def run(self, start: int, end: int) -> None:
+        '''Remembers what fails'''
+        for number in range(start, end):
+            if not self.step(number):
+                self.failed.append(number)
+
+    def repeat(self) -> None:
+        '''What failed must work now'''
+        for number in self.failed:
+            self.case.assertTrue(self.step(number), str(self.steps[number]))
 
 
 def launch_with_controller(case: iotests.QMPTestCase, *args: str,
