@@ -1018,6 +1018,86 @@ static void test_buffers_are_aligned(void)
     }
 }
 
+/* Bytes of memory that the process uses; 0 if that is not known */
+static uint64_t memory_used(void)
+{
+    g_autofree char *text = NULL;
+    unsigned long pages;
+
+    if (!g_file_get_contents("/proc/self/statm", &text, NULL, NULL) ||
+        sscanf(text, "%*u %lu", &pages) != 1) {
+        return 0;
+    }
+    return pages * qemu_real_host_page_size();
+}
+
+/* Scattered, so that each of them is a request, and none follows another */
+static void test_million_clusters(void)
+{
+    const unsigned nb = 1000000;
+    const SeqCacheOptions opts = { .cluster_size = 512, .max_unfinished = 16 };
+    const unsigned step = 7919; /* prime to @nb, so each place comes once */
+    uint64_t before = memory_used();
+    SeqCache *s = seqcache_new(&opts);
+    uint64_t point;
+    unsigned i, place;
+
+    for (i = 0, place = 0; i < nb; i++, place = (place + step) % nb) {
+        put(s, place * 1024L + i % 500, 8);
+    }
+    expect_clusters(s, nb, 16);
+
+    /* Each costs its buffer, and half of it for what is known about it */
+    g_assert_cmpuint(memory_used(), <=, before + nb * 768UL + 16 * MIB);
+
+    for (i = 0, place = 0; i < nb; i++, place = (place + step) % nb) {
+        int64_t offset = place * 1024L + i % 500;
+
+        expect_read(s, offset, 8);
+        g_assert_false(seqcache_can_write(s, offset + 4, 8));
+        g_assert_cmpint(seqcache_gap(s, offset + 8, 512), ==, 512);
+    }
+    point = seqcache_flush_point(s);
+    for (i = 0, place = 0; i < nb; i++, place = (place + step) % nb) {
+        g_assert_false(seqcache_is_flushed(s, point));
+        take_and_complete(s, true, place * 1024L + i % 500, 8);
+    }
+    g_assert_true(seqcache_is_flushed(s, point));
+    /* What is left are the streams */
+    expect_clusters(s, 16, 16);
+    seqcache_free(s);
+}
+
+/* The same, in as few requests as there can be */
+static void test_million_clusters_in_order(void)
+{
+    const int64_t bytes = 1000000 * 512L;
+    const SeqCacheOptions opts = { .cluster_size = 512, .max_unfinished = 1 };
+    const SeqCacheLimits limits = {
+        .align = 512, .max_bytes = MIB, .max_iov = 1024,
+    };
+    g_autofree uint8_t *buf = g_malloc0(MIB);
+    SeqCache *s = seqcache_new(&opts);
+    SeqCacheRequest *req;
+    int64_t pos, n;
+
+    for (pos = 0; pos < bytes; pos += n) {
+        n = MIN(bytes - pos, MIB - 100);
+        seqcache_write(s, pos, n, buf);
+    }
+    expect_clusters(s, 1000000, 0);
+    g_assert_cmpint(seqcache_gap(s, 0, bytes + 5), ==, 0);
+    for (pos = 0; pos < bytes; pos += n) {
+        n = MIN(bytes - pos, MIB);
+        req = seqcache_get_next_flush(s, &limits, false);
+        g_assert_cmpint(req->offset, ==, pos);
+        g_assert_cmpint(req->bytes, ==, n);
+        seqcache_complete(s, req, true);
+    }
+    expect_clusters(s, 0, 0);
+    seqcache_free(s);
+}
+
 static unsigned env_number(const char *name, unsigned other)
 {
     const char *value = g_getenv(name);
@@ -1047,6 +1127,8 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
 
     TEST("empty", test_empty);
+    TEST("million-clusters", test_million_clusters);
+    TEST("million-clusters-in-order", test_million_clusters_in_order);
     TEST("write/split-at-cluster-bounds", test_split_at_cluster_bounds);
     TEST("write/full-cluster-is-finished", test_full_cluster_is_finished);
     TEST("write/filled-by-continuation-is-finished",
