@@ -171,6 +171,11 @@ class Promise:
             if not newer:
                 self.newer.pop(sector, None)
 
+    def is_written(self, offset: int, size: int) -> bool:
+        '''Whether any of these sectors was written since the last flush'''
+        return any(sector in self.newer for sector in
+                   range(offset // SECTOR, (offset + size) // SECTOR))
+
     def broken(self, offset: int, data: Optional[bytes], size: int
                ) -> Tuple[List[int], List[int]]:
         '''
