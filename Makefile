@@ -45,6 +45,13 @@ check-long:
 	@scripts/build --sanitizers
 	@scripts/check-long $(PARTS)
 
+# Without BUILD: a build folder of its own
+coverage: export BUILD := $(if $(filter build,$(BUILD)),build-gcov,$(BUILD))
+coverage: export CONFIGURE_FLAGS += --enable-gcov
+coverage:
+	@scripts/build --tests
+	@scripts/coverage
+
 stock-results:
 	@scripts/build --stock
 	@scripts/check --write-stock-results iotests
@@ -76,7 +83,10 @@ help:
 	@echo '                       runs only these; SEED=N repeats a run. The parts:'
 	@echo '                       model fuzz unit write-behind filter'
 	@echo '                       filter-images cacheextents qcow2 corrupt'
-	@echo '                       power-cuts kills'
+	@echo '                       power-cuts kills faults'
+	@echo 'make coverage          a build with --enable-gcov, the unit tests and our'
+	@echo '                       iotests in it; prints which of our lines they'
+	@echo '                       reach; half an hour'
 	@echo 'make stock-results     rebuild the list of what an unpatched QEMU'
 	@echo '                       does in the iotests of qcow2 compression'
 	@echo 'make clean             remove the prepared tree and all builds'
@@ -96,4 +106,5 @@ help:
 	@echo 'V=1                    show the whole output of each step'
 
 .PHONY: all check check-standalone check-unit check-iotests check-filtered \
-        check-long bench bench-quick demo stock-results clean distclean help
+        check-long coverage bench bench-quick demo stock-results clean \
+        distclean help

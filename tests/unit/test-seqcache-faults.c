@@ -19,8 +19,8 @@
  * - if the disk never works again, nor does anything of what it says has
  *   failed, a qcow2 image on it is not corrupt.
  *
- * Each request fails in one of these ways, by turns.  With TEST_FAULTS_ROUNDS=N
- * it fails in all of them, N times, with different partial changes.
+ * Each request fails in one of these ways, by turns.  With TEST_FAULTS_SEED=N it
+ * fails in all of them; N decides about partial changes.
  * TEST_FAULTS_ONLY=N lets only request N fail, and says what that leads to.
  */
 
@@ -81,9 +81,9 @@ typedef struct Run {
     unsigned gen;
 } Run;
 
-static unsigned rounds;
+static unsigned seed;
+static bool every_way;
 static unsigned only;
-static unsigned round_nb;
 static unsigned nb_runs;
 static char current[200];
 
@@ -208,7 +208,7 @@ static Run *run_new(const Stack *stack, DiskFault fault)
     r->disk = r->disk_bs->opaque;
     r->disk->max_hops = 1;
     g_rand_set_seed(r->disk->rand, fault.first + 1000 * fault.error +
-                    1000000 * round_nb);
+                    1000000 * seed);
     if (stack->driver == QCOW2) {
         fill_with_image(stack, r->disk_bs);
     }
@@ -595,10 +595,10 @@ static bool run_script(const Stack *stack, DiskFault fault)
             continue;
         }
         snprintf(current, sizeof(current),
-                 "%s: %s %u of kinds 0x%x: error %d%s, round %u, step %zu",
+                 "%s: %s %u of kinds 0x%x: error %d%s, seed %u, step %zu",
                  stack->name, fault.lasting ? "from" : "only", fault.first,
                  fault.kinds, fault.error, fault.whole ? ", whole" : "",
-                 round_nb, s - stack->script);
+                 seed, s - stack->script);
         run_step(r, s);
         /* When the fault has come, when it is noticed, and at each flush */
         failed = r->failed->len > nb_failed;
@@ -648,11 +648,11 @@ static bool test_request(const Stack *stack, unsigned kinds, unsigned first)
     bool more = false;
 
     for (unsigned i = 0; i < ways; i++) {
-        if (rounds || first % ways == i) {
+        if (every_way || first % ways == i) {
             more |= run_script(stack, (DiskFault) {
                 .kinds = kinds, .first = first, .lasting = i % 3,
                 .dead = i % 3 == 2, .error = errors[i / 3],
-                .whole = (first + round_nb) / ways % 2,
+                .whole = (first + seed) / ways % 2,
             });
         }
     }
@@ -665,15 +665,13 @@ static void test_stack(const void *opaque)
     unsigned nb_requests[ARRAY_SIZE(kinds)];
 
     nb_runs = 0;
-    for (round_nb = 0; round_nb < MAX(rounds, 1); round_nb++) {
-        for (int k = 0; k < ARRAY_SIZE(kinds); k++) {
-            unsigned first = only ?: 1;
+    for (int k = 0; k < ARRAY_SIZE(kinds); k++) {
+        unsigned first = only ?: 1;
 
-            while (test_request(opaque, kinds[k], first) && !only) {
-                first++;
-            }
-            nb_requests[k] = first - 1;
+        while (test_request(opaque, kinds[k], first) && !only) {
+            first++;
         }
+        nb_requests[k] = first - 1;
     }
     g_test_message("%u requests, %u of them changes and flushes; %u runs",
                    nb_requests[0], nb_requests[1], nb_runs);
@@ -763,11 +761,13 @@ static void on_alarm(int sig)
     _exit(ret > 0 ? 1 : 2);
 }
 
-static void get_env(const char *name, unsigned *value)
+/* Returns: whether it is set */
+static bool get_env(const char *name, unsigned *value)
 {
     const char *env = g_getenv(name);
 
     g_assert(!env || qemu_strtoui(env, NULL, 0, value) == 0);
+    return env;
 }
 
 int main(int argc, char **argv)
@@ -779,7 +779,7 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     sigaction(SIGALRM, &sa, NULL);
 
-    get_env("TEST_FAULTS_ROUNDS", &rounds);
+    every_way = get_env("TEST_FAULTS_SEED", &seed);
     get_env("TEST_FAULTS_ONLY", &only);
     bdrv_disk_extents = bdrv_disk;
     bdrv_disk_extents.bdrv_co_block_extents = disk_co_block_extents;
