@@ -297,6 +297,26 @@ static int coroutine_fn disk_co_pdiscard(BlockDriverState *bs, int64_t offset,
                        disk_chance(d, 50) ? ZERO : UNKNOWN, -1);
 }
 
+/* Inside of one disk; they are data then */
+static int coroutine_fn GRAPH_RDLOCK
+disk_co_copy_range_from(BlockDriverState *bs, BdrvChild *src,
+                        int64_t src_offset, BdrvChild *dst, int64_t dst_offset,
+                        int64_t bytes, BdrvRequestFlags read_flags,
+                        BdrvRequestFlags write_flags)
+{
+    return bdrv_co_copy_range_to(src, src_offset, dst, dst_offset, bytes,
+                                 read_flags, write_flags);
+}
+
+static int coroutine_fn
+disk_co_copy_range_to(BlockDriverState *bs, BdrvChild *src, int64_t src_offset,
+                      BdrvChild *dst, int64_t dst_offset, int64_t bytes,
+                      BdrvRequestFlags read_flags,
+                      BdrvRequestFlags write_flags)
+{
+    return disk_change(bs, dst_offset, bytes, DATA, DATA);
+}
+
 static int coroutine_fn
 disk_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
                  PreallocMode prealloc, BdrvRequestFlags flags, Error **errp)
@@ -336,6 +356,8 @@ static int coroutine_fn disk_co_preadv(BlockDriverState *bs, int64_t offset,
     .bdrv_co_pwritev            = disk_co_pwritev,              \
     .bdrv_co_pwrite_zeroes      = disk_co_pwrite_zeroes,        \
     .bdrv_co_pdiscard           = disk_co_pdiscard,             \
+    .bdrv_co_copy_range_from    = disk_co_copy_range_from,      \
+    .bdrv_co_copy_range_to      = disk_co_copy_range_to,        \
     .bdrv_co_truncate           = disk_co_truncate,             \
     .bdrv_co_block_status       = disk_co_block_status
 

@@ -361,6 +361,34 @@ static void test_change_drops_whole_extents_only(void)
     test_free(t);
 }
 
+static void coroutine_fn copy_entry(void *opaque)
+{
+    Op *op = opaque;
+
+    op->ret = blk_co_copy_range(op->t->blk, BLOCK, op->t->blk, op->offset,
+                                op->bytes, 0, 0);
+    aio_wait_kick();
+}
+
+static void test_copy_range(void)
+{
+    Test *t = new_striped(&plain, 0);
+    Op op = {
+        .t = t, .offset = 12 * BLOCK, .bytes = BLOCK, .ret = -EINPROGRESS,
+    };
+
+    disk_set(t->disk, 0, 64 * BLOCK, ZERO);
+    map(t);
+    g_assert_cmpint(status(t, op.offset), ==, ZERO);
+    aio_co_enter(qemu_get_aio_context(),
+                 qemu_coroutine_create(copy_entry, &op));
+    AIO_WAIT_WHILE_UNLOCKED(NULL, op.ret == -EINPROGRESS);
+    g_assert_cmpint(op.ret, ==, 0);
+    g_assert_cmpint(status(t, op.offset), ==, DATA);
+    g_assert_cmpint(status(t, op.offset + BLOCK), ==, ZERO);
+    test_free(t);
+}
+
 static void test_truncate(void)
 {
     Test *t = new_striped(&plain, 0);
@@ -705,6 +733,27 @@ static void test_reopen_max_extents(void)
     test_free(t);
 }
 
+/* Another node of the same reopen fails */
+static void test_reopen_abort(void)
+{
+    Test *t = new_striped(&plain, 0);
+    BlockDriverState *other = disk_new("other", &plain);
+    BlockReopenQueue *queue;
+    QDict *opts = qdict_new();
+
+    map(t);
+    qdict_put_int(opts, "max-extents", 10);
+    queue = bdrv_reopen_queue(NULL, t->bs, opts, true);
+    opts = qdict_new();
+    qdict_put_str(opts, "len", "another one");
+    queue = bdrv_reopen_queue(queue, other, opts, true);
+    g_assert_cmpint(bdrv_reopen_multiple(queue, NULL), <, 0);
+    g_assert_cmpuint(map(t), ==, 0);
+    g_assert_cmpuint(test_stats(t).extents, ==, 64);
+    bdrv_unref(other);
+    test_free(t);
+}
+
 static void test_inactive(void)
 {
     Test *t = new_striped(&plain, 0);
@@ -933,6 +982,7 @@ int main(int argc, char **argv)
     ADD("one-extent-a-question", one_extent_a_question);
     ADD("reach", reach);
     ADD("change-drops-whole-extents-only", change_drops_whole_extents_only);
+    ADD("copy-range", copy_range);
     ADD("truncate", truncate);
     ADD("block-size", block_size);
     ADD("failed-change-drops", failed_change_drops);
@@ -947,6 +997,7 @@ int main(int argc, char **argv)
     ADD("reconnect", reconnect);
     ADD("replaced-child", replaced_child);
     ADD("reopen-max-extents", reopen_max_extents);
+    ADD("reopen-abort", reopen_abort);
     ADD("inactive", inactive);
     ADD("permissions", permissions);
 #undef ADD
