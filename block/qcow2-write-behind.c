@@ -13,8 +13,8 @@
  * always begins a new host cluster, and why one cluster is enough to reserve.
  *
  * What holds elsewhere in qcow2:
- * - No L2 table is written to the file before the data that it points to
- *   (qcow2_cache_entry_flush()).
+ * - No L2 table is written to the file before the data that it points to is
+ *   there and flushed (qcow2_cache_entry_flush()).
  * - A host cluster whose refcount becomes 0 has nothing cached or in flight
  *   (update_refcount()), so it can be allocated again.
  */
@@ -139,6 +139,9 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
         wb_unreserve(wb, 1);
         return ret;
     }
+
+    /* If the power fails, no L2 entry may be left without its data */
+    qcow2_cache_depends_on_flush(s->l2_table_cache);
 
     if (!wb_accept(bs, wb, 1, host_offset, bytes, buf)) {
         /* Only corrupt refcounts can make the allocator return this cluster */
