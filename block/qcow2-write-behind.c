@@ -106,6 +106,36 @@ void qcow2_update_write_behind(BlockDriverState *bs, int flags)
 
     wb_free(s->write_behind);
     s->write_behind = opts.cache_size ? wb_new(bs, &opts) : NULL;
+    qemu_co_queue_init(&s->compress_queue);
+}
+
+ssize_t coroutine_fn
+qcow2_co_compress_in_order(BlockDriverState *bs, void *dest, size_t dest_size,
+                           const void *src, size_t src_size)
+{
+    BDRVQcow2State *s = bs->opaque;
+    uint64_t number;
+    ssize_t ret;
+
+    if (!s->write_behind) {
+        return qcow2_co_compress(bs, dest, dest_size, src, src_size);
+    }
+
+    WITH_QEMU_LOCK_GUARD(&s->lock) {
+        number = s->nb_compress_begun++;
+    }
+
+    ret = qcow2_co_compress(bs, dest, dest_size, src, src_size);
+
+    WITH_QEMU_LOCK_GUARD(&s->lock) {
+        while (s->nb_compress_done != number) {
+            qemu_co_queue_wait(&s->compress_queue, &s->lock);
+        }
+        s->nb_compress_done++;
+        qemu_co_queue_restart_all(&s->compress_queue);
+    }
+
+    return ret;
 }
 
 int coroutine_fn

@@ -43,6 +43,24 @@ bool qcow2_compressed_cache_size(BlockDriverState *bs, QemuOpts *opts,
 void GRAPH_RDLOCK qcow2_update_write_behind(BlockDriverState *bs, int flags);
 
 /**
+ * qcow2_co_compress_in_order:
+ * @bs: the node; s->lock is not held.
+ * @dest: where the compressed data goes.
+ * @dest_size: size of @dest in bytes.
+ * @src: the data of one cluster.
+ * @src_size: its size in bytes.
+ *
+ * qcow2_co_compress(); if the node has a cache, those that were called first
+ * return first.  A caller that begins to allocate space before it yields then
+ * gets it in this order, although clusters are compressed in parallel.
+ *
+ * Returns: what qcow2_co_compress() returns.
+ */
+ssize_t coroutine_fn
+qcow2_co_compress_in_order(BlockDriverState *bs, void *dest, size_t dest_size,
+                           const void *src, size_t src_size);
+
+/**
  * qcow2_co_write_compressed:
  * @bs: the node; s->lock is not held, and the node has a cache.
  * @offset: guest offset of the cluster.
