@@ -24,6 +24,14 @@ METRICS = {
     'pages': ('page cache', 'pages', 1),
     'questions': ('questions', '', 1),
     'lseeks': ('lseek calls', '', 1),
+    'dirty': ('dirty memory', 'MiB', MIB),
+    'per_gib': ('time per GiB', 's', 1),
+    'cpu_per_gib': ('CPU per GiB', 's', 1),
+    'ns': ('time', 'ns', 1),
+    **{f'{kind}_{name}': (f'{kind}s {text}', 'ms', 1e-3)
+       for kind in ('read', 'write')
+       for name, text in (('p50', 'median'), ('p95', '95 %'), ('p99', '99 %'),
+                          ('p999', '99.9 %'))},
 }
 
 
@@ -174,7 +182,8 @@ class Report:
         self.rows[row.name] = {
             'title': row.title, 'group': row.name.split('-')[0],
             'when': time.strftime('%Y-%m-%d', time.gmtime()),
-            'quick': self.quick, 'machine': self.machine, 'sides': samples,
+            'quick': self.quick, 'machine': self.machine,
+            'main': row.main, 'sides': samples,
             'figures': figures,
         }
         self.added.append(row.name)
@@ -267,13 +276,13 @@ class Report:
     @staticmethod
     def plot_row(ax, row):
         sides = list(row['sides'])
-        values = [row['sides'][side]['seconds'] for side in sides]
+        values = [row['sides'][side][row['main']] for side in sides]
         medians = [statistics.median(v) for v in values]
         spread = [[m - min(v) for m, v in zip(medians, values)],
                   [max(v) - m for m, v in zip(medians, values)]]
         bars = ax.barh(sides, medians, xerr=spread, capsize=2,
                        color=[f'C{i}' for i in range(len(sides))])
-        ax.bar_label(bars, [f'  {format_value("seconds", m)}'
+        ax.bar_label(bars, [f'  {format_value(row["main"], m)}'
                             for m in medians], fontsize=8)
         ax.margins(x=0.12)
         ax.invert_yaxis()

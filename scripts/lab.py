@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -20,6 +21,7 @@ QEMU_IMG = os.path.join(BUILD, 'qemu-img')
 
 KIB = 1 << 10
 MIB = 1 << 20
+GIB = 1 << 30
 FOLDERS = ['/usr/bin', '/usr/sbin', '/usr/lib', '/usr/share', '/usr/include',
            '/usr/local', '/opt', '/var/lib']
 
@@ -93,6 +95,41 @@ def cached_pages(path):
     done = subprocess.run(['fincore', '--json', '--bytes', '-o', 'PAGES', path],
                           stdout=subprocess.PIPE, text=True, check=True)
     return int(json.loads(done.stdout)['fincore'][0]['pages'])
+
+
+class DirtyMemory:
+    """How much more memory becomes dirty meanwhile: a with statement.
+
+    All of the machine counts; what is dirty before on the file system of folder
+    is written first. self.peak is in bytes.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.peak = 0
+        self.start = 0
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+
+    @staticmethod
+    def now():
+        with open('/proc/meminfo', encoding='utf-8') as f:
+            return KIB * sum(int(line.split()[1]) for line in f
+                             if line.startswith(('Dirty:', 'Writeback:')))
+
+    def watch(self):
+        while not self.done.wait(0.01):
+            self.peak = max(self.peak, self.now() - self.start)
+
+    def __enter__(self):
+        subprocess.run(['sync', '-f', self.folder], check=True)
+        self.start = self.now()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.done.set()
+        self.thread.join()
 
 
 class RequestLog:
@@ -273,6 +310,28 @@ class StorageDaemon(Server):
                     if 'error' in answer:
                         raise Failed(f'{name}: {answer["error"]["desc"]}')
         return answer['return']
+
+    def run_job(self, command, **arguments):
+        """Run a job to its end; returns how many seconds it took."""
+        start = time.monotonic()
+        self.qmp(command, **arguments,
+                 **{'job-id': 'job', 'auto-dismiss': False})
+        while True:
+            job = self.qmp('query-jobs')[0]
+            if job['status'] == 'concluded':
+                break
+            time.sleep(0.01)
+        seconds = time.monotonic() - start
+        self.qmp('job-dismiss', id='job')
+        if 'error' in job:
+            raise Failed(f'{command}: {job["error"]}')
+        return seconds
+
+    def peak_memory(self):
+        """The most that was resident so far, in bytes"""
+        with open(f'/proc/{self.process.pid}/status', encoding='utf-8') as f:
+            return KIB * int(re.search(r'^VmHWM:\s*(\d+) kB', f.read(),
+                                       re.M).group(1))
 
 
 def run_timed(command):

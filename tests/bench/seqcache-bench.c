@@ -6,8 +6,9 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Prints what writes and look-ups cost, beside a plain memcpy() of the same
- * bytes, and how the cost of look-ups grows with the number of clusters.
+ * Prints what writes, reads and look-ups cost with few and with many cached
+ * clusters, beside a plain memcpy() of the same bytes, in ns: as a table, or
+ * with --json for scripts/bench.
  */
 
 #include "qemu/osdep.h"
@@ -17,13 +18,12 @@
 
 #define KIB 1024
 #define MIB (1024 * KIB)
+#define ROUNDS 5
 #define LOOKUPS 200000
-#define ROUNDS 20
-#define LOOKUP_CLUSTER (4 * KIB)
+#define WRITE_BYTES (32 * MIB)
+#define CLUSTER (4 * KIB)
 
-static const SeqCacheLimits limits = {
-    .align = 4 * KIB, .max_bytes = MIB, .max_iov = 1024,
-};
+static const unsigned sizes[] = { 10, 1000, 100000 };
 
 /* Keeps the compiler from leaving work out */
 static volatile int64_t sink;
@@ -37,84 +37,70 @@ static double now_ns(void)
     return t.tv_sec * 1e9 + t.tv_nsec;
 }
 
-static SeqCache *cache_new(int64_t cluster_size)
+/* Write sequentially; what is too much is handed out as an engine does it */
+static double write_ns(SeqCache *s, int64_t *offset, int64_t bytes,
+                       unsigned clusters, const uint8_t *buf)
 {
-    return seqcache_new(&(SeqCacheOptions) {
-        .cluster_size = cluster_size,
-        .max_unfinished = 1,
-    });
-}
-
-/* A sequential stream of writes, handed out and completed as an engine does */
-static double write_ns(int64_t cluster_size, int64_t bytes)
-{
-    g_autofree uint8_t *buf = g_malloc0(bytes);
-    SeqCache *s = cache_new(cluster_size);
-    int64_t count = 64 * MIB / bytes;
-    double start = 0;
-    int64_t i;
-
-    /* The first part only lets the cache get its memory */
-    for (i = -count / 8; i < count; i++) {
-        int64_t offset = (i + count / 8) * bytes;
-
-        if (i == 0) {
-            start = now_ns();
-        }
-        seqcache_write(s, offset, bytes, buf);
-        if (seqcache_next_flush_bytes(s, &limits) + cluster_size >
-            limits.max_bytes) {
-            seqcache_complete(s, seqcache_get_next_flush(s, &limits, false),
-                              true);
-        }
-    }
-    seqcache_free(s);
-    return (now_ns() - start) / count;
-}
-
-static double memcpy_ns(int64_t bytes)
-{
-    g_autofree uint8_t *buf = g_malloc0(bytes);
-    g_autofree uint8_t *dst = g_malloc0(2 * MIB);
-    int64_t count = 64 * MIB / bytes;
+    SeqCacheLimits limits = {
+        .align = CLUSTER,
+        .max_bytes = MIN(MIB, (int64_t)clusters / 2 * CLUSTER),
+        .max_iov = 1024,
+    };
+    int64_t count = WRITE_BYTES / bytes;
     double start = now_ns();
     int64_t i;
 
     for (i = 0; i < count; i++) {
-        memcpy(dst + i * bytes % (2 * MIB), buf, bytes);
-        sink = dst[i * bytes % (2 * MIB)];
+        seqcache_write(s, *offset, bytes, buf);
+        *offset += bytes;
+        while (seqcache_nb_clusters(s) > clusters) {
+            seqcache_complete(s, seqcache_get_next_flush(s, &limits, false),
+                              true);
+        }
+    }
+    return (now_ns() - start) / count;
+}
+
+static double memcpy_ns(int64_t bytes, const uint8_t *buf)
+{
+    g_autofree uint8_t *dst = g_malloc0(MIB);
+    int64_t count = WRITE_BYTES / bytes;
+    double start = now_ns();
+    int64_t i;
+
+    for (i = 0; i < count; i++) {
+        memcpy(dst + i * bytes % MIB, buf, bytes);
+        sink = dst[i * bytes % MIB];
     }
     return (now_ns() - start) / count;
 }
 
 typedef enum Lookup {
-    HIT_IN_ORDER,
-    HIT_RANDOM,
-    MISS_RANDOM,
-    READ_IN_ORDER,
-    READ_RANDOM,
-    MEMCPY_IN_ORDER,
-    MEMCPY_RANDOM,
-    LOOKUP__MAX,
+    HIT,
+    MISS,
+    READ,
+    MEMCPY,
 } Lookup;
 
-static const char *const lookup_names[LOOKUP__MAX] = {
-    [HIT_IN_ORDER] = "look up, hit, in order",
-    [HIT_RANDOM] = "look up, hit, random",
-    [MISS_RANDOM] = "look up, miss, random",
-    [READ_IN_ORDER] = "read 4 KiB, in order",
-    [READ_RANDOM] = "read 4 KiB, random",
-    [MEMCPY_IN_ORDER] = "memcpy 4 KiB, in order",
-    [MEMCPY_RANDOM] = "memcpy 4 KiB, random",
+typedef struct LookupRow {
+    const char *name;
+    Lookup kind;
+    bool random;
+} LookupRow;
+
+static const LookupRow lookup_rows[] = {
+    { "hit", HIT, false },
+    { "hit-random", HIT, true },
+    { "miss-random", MISS, true },
+    { "read-4k", READ, false },
+    { "read-4k-random", READ, true },
 };
 
 /* @flat holds the same data as @s */
 static double lookup_ns(const SeqCache *s, const uint8_t *flat, Lookup kind,
-                        unsigned clusters)
+                        bool in_random_order, unsigned clusters)
 {
-    static uint8_t buf[LOOKUP_CLUSTER];
-    bool in_order = kind == HIT_IN_ORDER || kind == READ_IN_ORDER ||
-                    kind == MEMCPY_IN_ORDER;
+    static uint8_t buf[CLUSTER];
     double start = now_ns();
     uint32_t random = 1;
     unsigned index = 0;
@@ -124,29 +110,27 @@ static double lookup_ns(const SeqCache *s, const uint8_t *flat, Lookup kind,
     for (i = 0; i < LOOKUPS; i++) {
         int64_t offset;
 
-        if (in_order) {
-            index = index + 1 < clusters ? index + 1 : 0;
-        } else {
+        if (in_random_order) {
             random = random * 1664525 + 1013904223;
             index = ((uint64_t)random * clusters) >> 32;
+        } else {
+            index = index + 1 < clusters ? index + 1 : 0;
         }
-        offset = (int64_t)index * LOOKUP_CLUSTER;
+        offset = (int64_t)index * CLUSTER;
 
         switch (kind) {
-        case MISS_RANDOM:
-            offset += (int64_t)clusters * LOOKUP_CLUSTER;
+        case MISS:
+            offset += (int64_t)clusters * CLUSTER;
             /* fall through */
-        case HIT_IN_ORDER:
-        case HIT_RANDOM:
+        case HIT:
             found += seqcache_gap(s, offset, 1);
             break;
-        case READ_IN_ORDER:
-        case READ_RANDOM:
-            found += seqcache_read(s, offset, LOOKUP_CLUSTER, buf);
+        case READ:
+            found += seqcache_read(s, offset, CLUSTER, buf);
             break;
-        default:
-            memcpy(buf, flat + offset, LOOKUP_CLUSTER);
-            found += buf[i % LOOKUP_CLUSTER];
+        case MEMCPY:
+            memcpy(buf, flat + offset, CLUSTER);
+            found += buf[i % CLUSTER];
             break;
         }
     }
@@ -154,71 +138,123 @@ static double lookup_ns(const SeqCache *s, const uint8_t *flat, Lookup kind,
     return (now_ns() - start) / LOOKUPS;
 }
 
-static void bench_writes(void)
+/* One result, of as many as there are in @sizes; @memcpy_ns is 0 for none */
+static void print_row(bool json, bool first, const char *name,
+                      double copy, const double *ns)
 {
-    static const int64_t sizes[] = { 512, 4 * KIB, 64 * KIB };
     size_t i;
-    int round;
 
-    printf("sequential writes, ns each  %12s %12s %12s\n", "memcpy",
-           "4 KiB cl.", "64 KiB cl.");
+    if (json) {
+        printf("%s\n \"%s\": {\"memcpy\": %.2f", first ? "{" : ",", name, copy);
+        for (i = 0; i < G_N_ELEMENTS(sizes); i++) {
+            printf(", \"%u\": %.2f", sizes[i], ns[i]);
+        }
+        printf("}");
+        return;
+    }
+    printf("%-16s", name);
+    if (copy) {
+        printf(" %9.1f", copy);
+    } else {
+        printf(" %9s", "");
+    }
     for (i = 0; i < G_N_ELEMENTS(sizes); i++) {
-        double ns[3] = { INFINITY, INFINITY, INFINITY };
-
-        for (round = 0; round < ROUNDS; round++) {
-            ns[0] = MIN(ns[0], memcpy_ns(sizes[i]));
-            ns[1] = MIN(ns[1], write_ns(4 * KIB, sizes[i]));
-            ns[2] = MIN(ns[2], write_ns(64 * KIB, sizes[i]));
-        }
-        printf("  %5" PRId64 " bytes               %12.1f %12.1f %12.1f\n",
-               sizes[i], ns[0], ns[1], ns[2]);
+        printf(" %9.1f", ns[i]);
     }
+    printf("\n");
 }
 
-static void bench_lookups(void)
+static SeqCache *cache_new(unsigned clusters, const uint8_t *flat)
 {
-    static const unsigned clusters[] = { 10, 1000, 100000 };
-    double ns[LOOKUP__MAX][G_N_ELEMENTS(clusters)];
-    size_t i, k, kind;
+    SeqCache *s = seqcache_new(&(SeqCacheOptions) {
+        .cluster_size = CLUSTER,
+        .max_unfinished = 1,
+    });
+
+    seqcache_write(s, 0, (int64_t)clusters * CLUSTER, flat);
+    return s;
+}
+
+static void bench_writes(bool json, const uint8_t *flat)
+{
+    static const int64_t bytes[] = { 512, 4 * KIB, 64 * KIB };
+    static const char *const names[] = { "write-512", "write-4k", "write-64k" };
+    size_t i, k;
     int round;
 
-    for (i = 0; i < G_N_ELEMENTS(clusters); i++) {
-        size_t size = (size_t)clusters[i] * LOOKUP_CLUSTER;
-        g_autofree uint8_t *flat = g_malloc(size);
-        SeqCache *s = cache_new(LOOKUP_CLUSTER);
+    for (i = 0; i < G_N_ELEMENTS(bytes); i++) {
+        double ns[G_N_ELEMENTS(sizes)];
+        double copy = INFINITY;
 
-        for (k = 0; k < size; k++) {
-            flat[k] = k;
-        }
-        seqcache_write(s, 0, size, flat);
-        for (kind = 0; kind < LOOKUP__MAX; kind++) {
-            ns[kind][i] = INFINITY;
+        for (k = 0; k < G_N_ELEMENTS(sizes); k++) {
+            SeqCache *s = cache_new(sizes[k], flat);
+            int64_t offset = (int64_t)sizes[k] * CLUSTER;
+
+            ns[k] = INFINITY;
             for (round = 0; round < ROUNDS; round++) {
-                ns[kind][i] = MIN(ns[kind][i], lookup_ns(s, flat, kind,
-                                                         clusters[i]));
+                copy = MIN(copy, memcpy_ns(bytes[i], flat));
+                ns[k] = MIN(ns[k], write_ns(s, &offset, bytes[i], sizes[k],
+                                            flat));
             }
+            seqcache_free(s);
         }
-        seqcache_free(s);
-    }
-
-    printf("\nlook-ups, ns each, clusters:");
-    for (i = 0; i < G_N_ELEMENTS(clusters); i++) {
-        printf(" %9u", clusters[i]);
-    }
-    printf("     ratio\n");
-    for (kind = 0; kind < LOOKUP__MAX; kind++) {
-        printf("  %-26s", lookup_names[kind]);
-        for (i = 0; i < G_N_ELEMENTS(clusters); i++) {
-            printf(" %9.1f", ns[kind][i]);
-        }
-        printf(" %9.2f\n",
-               ns[kind][G_N_ELEMENTS(clusters) - 1] / ns[kind][0]);
+        print_row(json, i == 0, names[i], copy, ns);
     }
 }
 
-int main(void)
+static void bench_lookups(bool json, const uint8_t *flat)
 {
-    bench_writes();
-    bench_lookups();
+    size_t i, k;
+    int round;
+
+    for (i = 0; i < G_N_ELEMENTS(lookup_rows); i++) {
+        const LookupRow *row = &lookup_rows[i];
+        double ns[G_N_ELEMENTS(sizes)];
+        double copy = row->kind == READ ? INFINITY : 0;
+
+        for (k = 0; k < G_N_ELEMENTS(sizes); k++) {
+            SeqCache *s = cache_new(sizes[k], flat);
+
+            ns[k] = INFINITY;
+            for (round = 0; round < ROUNDS; round++) {
+                ns[k] = MIN(ns[k], lookup_ns(s, flat, row->kind, row->random,
+                                             sizes[k]));
+                if (copy && k == 0) {
+                    copy = MIN(copy, lookup_ns(s, flat, MEMCPY, row->random,
+                                               sizes[k]));
+                }
+            }
+            seqcache_free(s);
+        }
+        print_row(json, false, row->name, copy, ns);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    bool json = argc == 2 && !strcmp(argv[1], "--json");
+    size_t size = (size_t)sizes[G_N_ELEMENTS(sizes) - 1] * CLUSTER;
+    g_autofree uint8_t *flat = g_malloc(size);
+    size_t i;
+
+    if (argc > 1 && !json) {
+        fprintf(stderr, "usage: %s [--json]\n", argv[0]);
+        return 1;
+    }
+    for (i = 0; i < size; i++) {
+        flat[i] = i;
+    }
+    if (!json) {
+        printf("ns each          %9s", "memcpy");
+        for (i = 0; i < G_N_ELEMENTS(sizes); i++) {
+            printf(" %9u", sizes[i]);
+        }
+        printf(" clusters cached\n");
+    }
+    bench_writes(json, flat);
+    bench_lookups(json, flat);
+    if (json) {
+        printf("\n}\n");
+    }
     return 0;
 }

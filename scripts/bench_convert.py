@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The rows of scripts/bench about compressed conversion"""
+
+import glob
+import itertools
+import os
+import random
+import subprocess
+
+from bench_report import difference, ratio, value_of
+from bench_row import DIRECT, TIMES, Row, direct_file
+from lab import (
+    GIB, KIB, MIB, QEMU_IMG, TOP, DirtyMemory, Failed, RequestLog, SlowDisk,
+    cached_pages, image_end, make_files_image, qemu_img, run_timed, verify
+)
+
+
+# ---- Sources ----
+
+def make_source(bench, name, mib, chunk):
+    """A file of mib MiB; chunk(i) are the bytes of each, or b'' for a hole"""
+    path = bench.path(f'{name}-{mib}.raw')
+    if not os.path.exists(path):
+        with open(path + '.new', 'wb') as f:
+            for i in range(mib):
+                f.seek(i * MIB)
+                f.write(chunk(i))
+            f.truncate(mib * MIB)
+        os.rename(path + '.new', path)
+    return path
+
+
+def ff_source(bench, mib):
+    return make_source(bench, 'ff', mib, lambda i: b'\xff' * MIB)
+
+
+def constant_source(bench, mib):
+    """Zeros and 0xff by turns"""
+    return make_source(bench, 'constant', mib,
+                       lambda i: (b'\0' if i % 2 else b'\xff') * MIB)
+
+
+def random_source(bench, mib):
+    numbers = random.Random(1)
+    return make_source(bench, 'random', mib, lambda i: numbers.randbytes(MIB))
+
+
+def files_source(bench, mib):
+    """A file system with files of this machine"""
+    path = bench.path(f'files-{mib}.raw')
+    # The file system has tables of its own
+    make_files_image(path, mib, mib * 5 // 4)
+    return path
+
+
+def sparse_source(bench, gib, mib):
+    """The same mib MiB of files at the start of each GiB, nothing else"""
+    path = bench.path(f'sparse-files-{gib}-{mib}.raw')
+    if not os.path.exists(path):
+        with open(files_source(bench, mib), 'rb') as f:
+            data = f.read()
+        with open(path + '.new', 'wb') as f:
+            for i in range(gib):
+                f.seek(i * GIB)
+                f.write(data)
+            f.truncate(gib * GIB)
+        os.rename(path + '.new', path)
+    return path
+
+
+def text_source(bench, mib):
+    """C source: QEMU's own, in the order of the names"""
+    path = bench.path(f'text-{mib}.raw')
+    left = mib * MIB
+    if os.path.exists(path):
+        return path
+    with open(path + '.new', 'wb') as out:
+        for name in sorted(glob.glob(os.path.join(TOP, 'qemu', '**', '*.[ch]'),
+                                     recursive=True)):
+            with open(name, 'rb') as f:
+                left -= out.write(f.read(left))
+    if left:
+        raise Failed(f'QEMU has less than {mib} MiB of C source')
+    os.rename(path + '.new', path)
+    return path
+
+
+# ---- Conversions ----
+
+class Conversion:
+    """qemu-img convert of a source to an image that was created before"""
+
+    def __init__(self, source, compression='zstd', cluster='64k', options=()):
+        self.source = source
+        self.compression = compression
+        self.cluster = cluster
+        self.options = options
+
+    def read_source(self):
+        """Into the page cache"""
+        with open(self.source, 'rb') as f:
+            while f.read(MIB):
+                pass
+
+    def create(self, path):
+        if os.path.exists(path):
+            os.unlink(path)
+        qemu_img('create', '-q', '-f', 'qcow2', '-o',
+                 f'compression_type={self.compression},'
+                 f'cluster_size={self.cluster}', path,
+                 str(os.path.getsize(self.source)))
+
+    def run(self, options, cache=None, mode='none', prefix=(), compress=True):
+        """options are those of the file child; cache is its size, or None."""
+        if cache is not None:
+            options += f',compressed-cache-size={cache}'
+        took = run_timed([*prefix, QEMU_IMG, 'convert', '-n',
+                          *['-c'] * compress, *self.options, '-t', mode, '-f',
+                          'raw', '--target-image-opts', self.source,
+                          f'driver=qcow2,{options}'])
+        return {m: took[m] for m in TIMES}
+
+
+class ConvertRow(Row):
+    """source(bench, mib) makes the source."""
+
+    def __init__(self, name, title, figures, source, mib, quick_mib=None,
+                 repeats=5, **conversion):
+        super().__init__(name, title, figures, repeats)
+        self.source = source
+        self.mib = mib, quick_mib or mib // 8
+        self.conversion_args = conversion
+        self.conversion = None
+
+    def prepare(self, bench):
+        source = self.source(bench, bench.pick(*self.mib))
+        self.conversion = Conversion(source, **self.conversion_args)
+        self.conversion.read_source()
+
+
+class ConvertToDisk(ConvertRow):
+    """To a disk with a delay, with the cache off and on"""
+
+    sides = ['off', 'on']
+
+    def __init__(self, *args, delay='4ms', block=4096, repeats=3, **kwargs):
+        super().__init__(*args, repeats=repeats, **kwargs)
+        self.delay = delay
+        self.block = block
+
+    def measure(self, bench, side):
+        path = os.path.join(bench.tmpfs, 'disk.qcow2')
+        source = self.conversion.source
+        self.conversion.create(path)
+        os.truncate(path, 2 * os.path.getsize(source))
+        with SlowDisk(['file', path], self.delay, self.block) as disk:
+            result = self.conversion.run(disk.options('file.'),
+                                         0 if side == 'off' else None)
+        verify(source, path)
+        os.unlink(path)
+        return dict(result, **disk.requests())
+
+
+class ConvertToFile(ConvertRow):
+    """To a file with O_DIRECT and otherwise, and to a tmpfs as the limit"""
+
+    # (folder, -t, compressed-cache-size, -c)
+    SETTINGS = {'off': ('folder', 'none', 0, True),
+                'on': ('folder', 'none', None, True),
+                'page cache': ('folder', 'writeback', 0, True),
+                'tmpfs': ('tmpfs', 'writeback', 0, True),
+                'tmpfs on': ('tmpfs', 'writeback', '16M', True),
+                'without -c': ('folder', 'none', None, False)}
+
+    def __init__(self, *args, sides=None, details=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sides = sides or [s for s in self.SETTINGS if s != 'tmpfs on']
+        self.details = details
+
+    def run(self, bench, side, prefix=lambda path: ()):
+        folder, mode, cache, compress = self.SETTINGS[side]
+        path = os.path.join(getattr(bench, folder), 'file.qcow2')
+        options = f'file.driver=file,file.filename={path}'
+        if mode == 'none':
+            options = direct_file(path, 'file.')
+        self.conversion.create(path)
+        return path, self.conversion.run(options, cache, mode, prefix(path),
+                                         compress)
+
+    def once(self, bench, side):
+        result = {}
+        log = None
+
+        def prefix(path):
+            nonlocal log
+            log = RequestLog(path)
+            return log.prefix
+
+        if self.details and self.SETTINGS[side][0] == 'folder':
+            with DirtyMemory(bench.folder) as dirty:
+                path, _ = self.run(bench, side)
+            # Before anything else reads the image
+            result = {'pages': cached_pages(path), 'dirty': dirty.peak}
+            path, _ = self.run(bench, side, prefix)
+            result.update(log.read(), end=image_end(path))
+        else:
+            path, _ = self.run(bench, side)
+        verify(self.conversion.source, path)
+        os.unlink(path)
+        return result
+
+    def measure(self, bench, side):
+        path, result = self.run(bench, side)
+        os.unlink(path)
+        # Else the next run, of another side, pays for it
+        subprocess.run(['sync', '-f', os.path.dirname(path)], check=True)
+        return result
+
+
+class ConvertSizes(Row):
+    """Sources of several sizes, with the same data in each GiB"""
+
+    SIZES = 1, 4, 16
+    sides = [f'{size} GiB' for size in SIZES]
+
+    def __init__(self):
+        super().__init__(
+            'size-convert', f'Sparse sources with 320 MiB of files in each GiB'
+            f' to {DIRECT}, zstd, with the cache',
+            [ratio('16 GiB', '1 GiB', 'per_gib', at_most=1.05),
+             ratio('4 GiB', '1 GiB', 'per_gib', at_most=1.05),
+             ratio('16 GiB', '1 GiB', 'cpu_per_gib', at_most=1.05),
+             difference('16 GiB', '1 GiB', 'memory', at_most=4 * MIB)])
+        self.conversions = {}
+
+    def prepare(self, bench):
+        for size, side in zip(self.SIZES, self.sides):
+            source = sparse_source(bench, size, bench.pick(256, 16))
+            self.conversions[side] = Conversion(source)
+            self.conversions[side].read_source()
+
+    def run(self, bench, side):
+        path = bench.path('file.qcow2')
+        self.conversions[side].create(path)
+        return path, self.conversions[side].run(direct_file(path, 'file.'))
+
+    def once(self, bench, side):
+        path, _ = self.run(bench, side)
+        verify(self.conversions[side].source, path)
+        return {}
+
+    def measure(self, bench, side):
+        path, result = self.run(bench, side)
+        os.unlink(path)
+        subprocess.run(['sync', '-f', bench.folder], check=True)
+        size = int(side.split()[0])
+        return dict(result, per_gib=result['seconds'] / size,
+                    cpu_per_gib=result['cpu'] / size)
+
+
+# ---- The rows ----
+
+def matrix_rows():
+    """Each kind of data, compressed in each way"""
+    data = {'files': ('files', files_source, 128),
+            'random': ('random data', random_source, 64),
+            'constant': ('zeros and 0xff', constant_source, 128)}
+    figures = [
+        ratio('on', 'off', at_most=1.02),
+        ratio('on', 'page cache', at_most=1.02),
+        ratio('on', 'tmpfs', at_most=1.05),
+        ratio('on', 'without -c', at_most=1.02),
+    ]
+    for (key, (text, source, mib)), compression, cluster, option in \
+            itertools.product(data.items(), ['zlib', 'zstd'], ['64k', '2M'],
+                              ['', '-W']):
+        yield ConvertToFile(
+            '-'.join(filter(None, ['convert', key, compression, cluster,
+                                   option.strip('-').lower()])),
+            f'{mib} MiB of {text} to {DIRECT}, {compression}, clusters of '
+            f'{cluster.replace("k", " KiB").replace("M", " MiB")}'
+            f'{", -W" if option else ""}',
+            figures, source, mib, repeats=3, compression=compression,
+            cluster=cluster, options=[option] if option else [])
+
+
+def main_rows():
+    """The figures that the design promises"""
+    for option in '', '-W':
+        yield ConvertToFile(
+            'convert-main' + option.lower(), f'512 MiB of files to {DIRECT},'
+            f' zstd{", -W" if option else ""}',
+            [ratio('off', 'on'),
+             ratio('on', 'page cache', at_most=1.02),
+             ratio('on', 'tmpfs', at_most=1.05),
+             ratio('on', 'tmpfs on', at_most=1.05),
+             ratio('on', 'on', 'written', 'end', at_most=1.05),
+             value_of('on', 'pages', at_most=64),
+             value_of('on', 'dirty'),
+             value_of('page cache', 'dirty'),
+             difference('on', 'off', 'memory', at_most=20 * MIB)],
+            files_source, 512, 64, options=[option] if option else [],
+            sides=['off', 'on', 'page cache', 'tmpfs', 'tmpfs on'],
+            details=True)
+
+
+def disk_rows():
+    for compression, option in [('zstd', ''), ('zlib', ''), ('zlib', '-W')]:
+        yield ConvertToDisk(
+            f'disk-ff-{compression}{option.lower()}', '128 MiB of 0xff to a'
+            f' disk with 4 KiB blocks and 4 ms a request, {compression}'
+            f'{", -W" if option else ""}', [ratio('off', 'on', at_least=30)],
+            ff_source, 128, compression=compression,
+            options=[option] if option else [])
+    yield ConvertToDisk(
+        'disk-ff-1000', '1000 MiB of 0xff to a disk with 4 KiB blocks and 8 ms'
+        ' a request, zlib', [ratio('off', 'on')], ff_source, 1000, 16,
+        compression='zlib', delay='8ms', repeats=2)
+    yield ConvertToDisk(
+        'disk-text', '64 MiB of C source to a disk with 4 KiB blocks and 2 ms'
+        ' a request, zlib',
+        [ratio('off', 'on', 'requests', at_least=25), value_of('on', 'reads'),
+         ratio('off', 'on')],
+        text_source, 64, compression='zlib', delay='2ms')
+    for block, delay in itertools.product([512, 4 * KIB],
+                                          ['0.2', '1', '4', '8']):
+        yield ConvertToDisk(
+            f'disk-files-{block}-{delay}ms', '32 MiB of files to a disk with '
+            f'{block} bytes a block and {delay} ms a request, zstd',
+            [ratio('on', 'off', at_most=1.02), ratio('off', 'on')],
+            files_source, 32, block=block, delay=f'{delay}ms')
+
+
+ROWS = [*main_rows(), *matrix_rows(), *disk_rows(), ConvertSizes()]
