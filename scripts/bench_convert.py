@@ -10,8 +10,9 @@ import subprocess
 from bench_report import difference, ratio, value_of
 from bench_row import DIRECT, TIMES, Row, direct_file
 from lab import (
-    GIB, KIB, MIB, QEMU_IMG, TOP, DirtyMemory, Failed, RequestLog, SlowDisk,
-    cached_pages, image_end, make_files_image, qemu_img, run_timed, verify
+    GIB, KIB, MIB, QEMU_IMG, TOP, DirtyMemory, Failed, Profile, RequestLog,
+    SlowDisk, cached_pages, image_end, make_files_image, qemu_img, run_timed,
+    verify
 )
 
 
@@ -177,36 +178,39 @@ class ConvertToFile(ConvertRow):
         self.sides = sides or [s for s in self.SETTINGS if s != 'tmpfs on']
         self.details = details
 
-    def run(self, bench, side, prefix=lambda path: ()):
+    def run(self, bench, side, prefix=()):
         folder, mode, cache, compress = self.SETTINGS[side]
         path = os.path.join(getattr(bench, folder), 'file.qcow2')
         options = f'file.driver=file,file.filename={path}'
         if mode == 'none':
             options = direct_file(path, 'file.')
         self.conversion.create(path)
-        return path, self.conversion.run(options, cache, mode, prefix(path),
+        return path, self.conversion.run(options, cache, mode, prefix,
                                          compress)
 
     def once(self, bench, side):
         result = {}
-        log = None
-
-        def prefix(path):
-            nonlocal log
-            log = RequestLog(path)
-            return log.prefix
-
         if self.details and self.SETTINGS[side][0] == 'folder':
-            with DirtyMemory(bench.folder) as dirty:
-                path, _ = self.run(bench, side)
-            # Before anything else reads the image
-            result = {'pages': cached_pages(path), 'dirty': dirty.peak}
-            path, _ = self.run(bench, side, prefix)
-            result.update(log.read(), end=image_end(path))
-        else:
-            path, _ = self.run(bench, side)
+            result = self.look_closely(bench, side)
+        path, _ = self.run(bench, side)
         verify(self.conversion.source, path)
         os.unlink(path)
+        return result
+
+    def look_closely(self, bench, side):
+        """What needs runs of its own"""
+        path = os.path.join(bench.folder, 'file.qcow2')
+        with DirtyMemory(bench.folder) as dirty:
+            self.run(bench, side)
+        # Before anything else reads the image
+        result = {'pages': cached_pages(path), 'dirty': dirty.peak}
+        log = RequestLog(path)
+        self.run(bench, side, log.prefix)
+        result.update(log.read(), end=image_end(path))
+        profile = Profile(path)
+        self.run(bench, side, profile.prefix)
+        result['outside'] = 1 - profile.share(
+            'libzstd' if self.conversion.compression == 'zstd' else 'libz')
         return result
 
     def measure(self, bench, side):
@@ -285,11 +289,12 @@ def matrix_rows():
 
 
 def main_rows():
-    """The figures that the design promises"""
-    for option in '', '-W':
+    """All that there is to say about the most usual case"""
+    for compression, option in itertools.product(['zstd', 'zlib'], ['', '-W']):
         yield ConvertToFile(
-            'convert-main' + option.lower(), f'512 MiB of files to {DIRECT},'
-            f' zstd{", -W" if option else ""}',
+            f'convert-main-{compression}{option.lower()}',
+            f'512 MiB of files to {DIRECT}, {compression}'
+            f'{", -W" if option else ""}',
             [ratio('off', 'on'),
              ratio('on', 'page cache', at_most=1.02),
              ratio('on', 'tmpfs', at_most=1.05),
@@ -298,8 +303,10 @@ def main_rows():
              value_of('on', 'pages', at_most=64),
              value_of('on', 'dirty'),
              value_of('page cache', 'dirty'),
+             value_of('on', 'outside'),
              difference('on', 'off', 'memory', at_most=20 * MIB)],
-            files_source, 512, 64, options=[option] if option else [],
+            files_source, 512, 64, repeats=5 if compression == 'zstd' else 3,
+            compression=compression, options=[option] if option else [],
             sides=['off', 'on', 'page cache', 'tmpfs', 'tmpfs on'],
             details=True)
 

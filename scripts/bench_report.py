@@ -27,12 +27,28 @@ METRICS = {
     'dirty': ('dirty memory', 'MiB', MIB),
     'per_gib': ('time per GiB', 's', 1),
     'cpu_per_gib': ('CPU per GiB', 's', 1),
+    'outside': ('CPU outside of compression', '%', 0.01),
     'ns': ('time', 'ns', 1),
     **{f'{kind}_{name}': (f'{kind}s {text}', 'ms', 1e-3)
        for kind in ('read', 'write')
        for name, text in (('p50', 'median'), ('p95', '95 %'), ('p99', '99 %'),
                           ('p999', '99.9 %'))},
 }
+
+
+# What the plot of all groups shows: how many times faster
+SUMMARY = [
+    ('convert-main-zstd', 'convert -c to a file with O_DIRECT'),
+    ('convert-main-zstd-w', 'the same, -W'),
+    ('disk-files-4096-1ms', 'convert -c to a disk, 1 ms a request'),
+    ('disk-files-4096-4ms', 'the same, 4 ms'),
+    ('disk-ff-zstd', '0xff to a disk, 4 ms'),
+    ('backup-disk', 'backup with compress to a disk, 1 ms'),
+    ('filter-4k-file', 'filter: 4 KiB writes to a file with O_DIRECT'),
+    ('filter-4k-disk', 'filter: 4 KiB writes to a disk, 4 ms'),
+    ('extents-1000-5ms-map', 'map of 1000 extents, 5 ms a question'),
+]
+SUMMARY_FIGURES = 'time, off / on', 'time, without / with', 'time, stock / with'
 
 
 def format_number(value):
@@ -272,6 +288,42 @@ class Report:
             fig.savefig(os.path.join(self.folder, f'{group}.svg'),
                         metadata={'Date': None})
             pyplot.close(fig)
+        self.plot_summary(pyplot)
+
+    def plot_summary(self, pyplot):
+        found = []
+        for name, text in SUMMARY:
+            for figure in self.rows.get(name, {'figures': []})['figures']:
+                if figure['figure'] in SUMMARY_FIGURES:
+                    found.append((text, figure))
+        if not found:
+            return
+        values = [figure['value'] for _, figure in found]
+        spread = [[f['value'] - f['min'] for _, f in found],
+                  [f['max'] - f['value'] for _, f in found]]
+        fig, ax = pyplot.subplots(layout='constrained',
+                                  figsize=(8, 0.35 * len(found) + 0.8))
+        bars = ax.barh([text for text, _ in found], values,
+                       xerr=[[max(0, v) for v in row] for row in spread],
+                       capsize=2)
+        ax.bar_label(bars, [f'  {format_number(v)} x' for v in values],
+                     fontsize=8)
+        ax.set_xscale('log')
+        ax.set_xlim(left=1)
+        ax.margins(x=0.2)
+        ax.invert_yaxis()
+        ax.set_title('How many times faster, with seqcache', fontsize=9,
+                     loc='left')
+        self.finish_axes(ax)
+        fig.savefig(os.path.join(self.folder, 'summary.svg'),
+                    metadata={'Date': None})
+        pyplot.close(fig)
+
+    @staticmethod
+    def finish_axes(ax):
+        ax.tick_params(labelsize=8)
+        for edge in 'top', 'right':
+            ax.spines[edge].set_visible(False)
 
     @staticmethod
     def plot_row(ax, row):
@@ -287,9 +339,7 @@ class Report:
         ax.margins(x=0.12)
         ax.invert_yaxis()
         ax.set_title(row['title'], fontsize=9, loc='left')
-        ax.tick_params(labelsize=8)
-        for edge in 'top', 'right':
-            ax.spines[edge].set_visible(False)
+        Report.finish_axes(ax)
 
     def print_summary(self):
         print()

@@ -97,6 +97,26 @@ def cached_pages(path):
     return int(json.loads(done.stdout)['fincore'][0]['pages'])
 
 
+class Profile:
+    """Where a program spends its processor time, by perf"""
+
+    def __init__(self, path):
+        self.data = path + '.perf'
+        # To be put before the command
+        self.prefix = ['perf', 'record', '-q', '-F', '999', '-e', 'cpu-clock',
+                       '-o', self.data, '--']
+
+    def share(self, library):
+        """Of the samples in libraries whose names begin with this"""
+        report = subprocess.run(
+            ['perf', 'report', '-i', self.data, '--stdio', '-s', 'dso'],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            check=True).stdout
+        os.unlink(self.data)
+        return sum(float(m.group(1)) / 100 for m in re.finditer(
+            rf'^ +([\d.]+)% +{library}', report, re.M))
+
+
 class DirtyMemory:
     """How much more memory becomes dirty meanwhile: a with statement.
 
