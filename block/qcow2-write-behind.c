@@ -14,7 +14,8 @@
  *
  * What holds elsewhere in qcow2:
  * - No L2 table is written to the file before the data that it points to is
- *   there and flushed (qcow2_cache_entry_flush()).
+ *   there and flushed (qcow2_cache_entry_flush(); if an earlier flush could not
+ *   cover that data, qcow2_cache_flush_dependency() asks for another).
  * - A host cluster whose refcount becomes 0 has nothing cached or in flight
  *   (update_refcount()), so it can be allocated again.
  */
@@ -169,9 +170,6 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
         wb_unreserve(wb, 1);
         return ret;
     }
-
-    /* If the power fails, no L2 entry may be left without its data */
-    qcow2_cache_depends_on_flush(s->l2_table_cache);
 
     if (!wb_accept(bs, wb, 1, host_offset, bytes, buf)) {
         /* Only corrupt refcounts can make the allocator return this cluster */
