@@ -39,7 +39,15 @@ bench bench-quick:
 
 check-filtered:
 	@scripts/build --test-hooks
+	@scripts/deps upstream
 	@scripts/check-filtered $(TESTS)
+
+check-upstream:
+	@scripts/build
+	@scripts/build --stock
+	@scripts/build --test-hooks
+	@scripts/deps upstream
+	@scripts/check-upstream $(TESTS)
 
 check-long:
 	@scripts/build --sanitizers
@@ -77,6 +85,11 @@ help:
 	@echo 'make check-filtered    all iotests of QEMU for raw and qcow2, without'
 	@echo '                       and with a seqcache node below each image; hours;'
 	@echo '                       TESTS="raw:001 qcow2:013 ..." runs only these'
+	@echo 'make check-upstream    QEMU'"'"'s own tests, in an unpatched build, in'
+	@echo '                       ours, and with the cache forced on: all iotests'
+	@echo '                       for raw and qcow2, check-block, check-unit;'
+	@echo '                       hours; TESTS="qcow2:013 unit block" runs only'
+	@echo '                       these'
 	@echo 'make check-long        the random tests for long, with AddressSanitizer'
 	@echo '                       and UBSan. LONG_SECONDS=N: how long each part'
 	@echo '                       goes on (default: 60); PARTS="filter corrupt"'
@@ -106,5 +119,5 @@ help:
 	@echo 'V=1                    show the whole output of each step'
 
 .PHONY: all check check-standalone check-unit check-iotests check-filtered \
-        check-long coverage bench bench-quick demo stock-results clean \
-        distclean help
+        check-upstream check-long coverage bench bench-quick demo \
+        stock-results clean distclean help
