@@ -5,12 +5,11 @@
 #
 # SPDX-License-Identifier: GPL-2.0-or-later
 
-import os
 import re
 from typing import Any, Dict, List, Union
 
 from qcow2_compressed_cache import (
-    KiB, Machine, NbdDisk, Request, dashes, random_bytes, write_file
+    KiB, Machine, NbdDisk, Request, dashes, random_bytes
 )
 import iotests
 

@@ -14,7 +14,8 @@ import struct
 import subprocess
 import time
 from typing import (
-    Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
+    Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple, TypeVar,
+    Union
 )
 
 import iotests
@@ -335,6 +336,9 @@ class Request(NamedTuple):
     bytes: int
 
 
+NbdDiskT = TypeVar('NbdDiskT', bound='NbdDisk')
+
+
 class NbdDisk:
     '''
     An NBD server for a raw file, whose size must be a multiple of the block
@@ -352,7 +356,6 @@ class NbdDisk:
         self.log = os.path.join(iotests.test_dir, name + '.log')
         self.pid_file = os.path.join(iotests.test_dir, name + '.pid')
         self.full_file = os.path.join(iotests.test_dir, name + '.full')
-        self.uri = f'nbd+unix:///?socket={self.sock}'
         self.node: Dict[str, Any] = {
             'driver': 'nbd', 'server': {'type': 'unix', 'path': self.sock}
         }
@@ -368,6 +371,10 @@ class NbdDisk:
                           f'error-{request}-rate=100%',
                           f'error-{request}-file={self.full_file}']
         self._p: 'Optional[subprocess.Popen[bytes]]' = None
+
+    @property
+    def uri(self) -> str:
+        return f'nbd+unix:///?socket={self.sock}'
 
     def run(self) -> None:
         # pylint: disable=consider-using-with
@@ -395,7 +402,7 @@ class NbdDisk:
     def free(self) -> None:
         os.remove(self.full_file)
 
-    def __enter__(self) -> 'NbdDisk':
+    def __enter__(self: NbdDiskT) -> NbdDiskT:
         self.run()
         return self
 

@@ -6,7 +6,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import os
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Dict, Iterable, List, Tuple, Union
 
 from qcow2_compressed_cache import (
     KiB, Machine, QemuIo, dashes, hmp_io, opts
@@ -26,6 +26,7 @@ def filter_node(name: str, file: NodeRef, **kwargs: Any) -> Dict[str, Any]:
 def flat_opts(node: Dict[str, Any]) -> str:
     '''The options of a node, as --image-opts takes them'''
     def flatten(prefix: str, value: Any) -> List[str]:
+        items: Iterable[Tuple[Any, Any]]
         if isinstance(value, dict):
             items = value.items()
         elif isinstance(value, list):
@@ -111,7 +112,8 @@ class Export:
     def remove(self) -> None:
         '''Let go of the node without a flush'''
         self.io.kill()
-        self.machine.cmd('block-export-del', id=self.name, mode='hard')
+        self.machine.cmd('block-export-del',
+                         {'id': self.name, 'mode': 'hard'})
         if isinstance(self.machine, iotests.VM):
             event = self.machine.event_wait('BLOCK_EXPORT_DELETED',
                                             timeout=60.0)

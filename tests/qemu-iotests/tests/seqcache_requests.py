@@ -1,5 +1,5 @@
-# Random requests to a seqcache filter on a raw disk, with flushes, and notes of
-# what they promise
+# Random requests to a seqcache filter on a raw disk, with flushes, and notes
+# of what they promise
 #
 # This work is licensed under the terms of the GNU GPL, version 2 or later.
 # See the COPYING file in the top-level directory.

@@ -10,8 +10,9 @@ import shutil
 import struct
 from typing import Any, Dict, List, NamedTuple, Union
 
-import iotests
 from qcow2_compressed_cache import Machine, dashes
+from qemu.machine import QEMUMachine
+import iotests
 
 
 def seqcache_node(file: Union[str, Dict[str, Any]],
@@ -33,7 +34,8 @@ def image_opts(node: Dict[str, Any]) -> str:
     return ','.join(flatten('', node))
 
 
-def seqcache_stats(machine: Machine, node: str) -> Dict[str, int]:
+def seqcache_stats(machine: Union[Machine, QEMUMachine],
+                   node: str) -> Dict[str, int]:
     '''The statistics of a seqcache node'''
     nodes: Any = machine.cmd('query-blockstats', {'query-nodes': True})
     for stats in nodes:
