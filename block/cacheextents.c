@@ -861,6 +861,12 @@ static const char *const cacheextents_mutable_opts[] = {
     CACHEEXTENTS_OPT_MAX_EXTENTS, NULL
 };
 
+/* A job that is cancelled does not wait for a server that is gone */
+static void GRAPH_RDLOCK cacheextents_cancel_in_flight(BlockDriverState *bs)
+{
+    bdrv_cancel_in_flight(bs->file->bs);
+}
+
 static BlockDriver bdrv_cacheextents_filter = {
     .format_name                    = "cacheextents",
     .instance_size                  = sizeof(BDRVCacheExtentsState),
@@ -887,6 +893,7 @@ static BlockDriver bdrv_cacheextents_filter = {
     .bdrv_co_pdiscard               = cacheextents_co_pdiscard,
     .bdrv_co_copy_range_from        = cacheextents_co_copy_range_from,
     .bdrv_co_copy_range_to          = cacheextents_co_copy_range_to,
+    .bdrv_cancel_in_flight          = cacheextents_cancel_in_flight,
 
     .bdrv_get_specific_stats        = cacheextents_get_specific_stats,
 

@@ -799,6 +799,12 @@ static const char *const seqcache_mutable_opts[] = {
     SEQCACHE_OPT_CLUSTER_SIZE, SEQCACHE_OPT_CACHE_SIZE, NULL
 };
 
+/* A job that is cancelled does not wait for a server that is gone */
+static void GRAPH_RDLOCK seqcache_cancel_in_flight(BlockDriverState *bs)
+{
+    bdrv_cancel_in_flight(bs->file->bs);
+}
+
 static BlockDriver bdrv_seqcache_filter = {
     .format_name                    = "seqcache",
     .instance_size                  = sizeof(BDRVSeqCacheState),
@@ -826,6 +832,7 @@ static BlockDriver bdrv_seqcache_filter = {
     .bdrv_co_copy_range_from        = seqcache_co_copy_range_from,
     .bdrv_co_copy_range_to          = seqcache_co_copy_range_to,
     .bdrv_co_flush_to_os            = seqcache_co_flush_to_os,
+    .bdrv_cancel_in_flight          = seqcache_cancel_in_flight,
 
     .bdrv_get_specific_stats        = seqcache_get_specific_stats,
 

@@ -69,6 +69,7 @@ typedef struct Disk {
 
     unsigned nb_questions;
     unsigned nb_answered; /* extents */
+    unsigned nb_cancels;
 } Disk;
 
 static BlockDriver bdrv_disk, bdrv_disk_one;
@@ -345,10 +346,18 @@ static int coroutine_fn disk_co_preadv(BlockDriverState *bs, int64_t offset,
     return 0;
 }
 
+static void disk_cancel_in_flight(BlockDriverState *bs)
+{
+    Disk *d = bs->opaque;
+
+    d->nb_cancels++;
+}
+
 #define DISK_CALLBACKS                                          \
     .instance_size              = sizeof(Disk),                 \
     .bdrv_open                  = disk_open,                    \
     .bdrv_close                 = disk_close,                   \
+    .bdrv_cancel_in_flight      = disk_cancel_in_flight,        \
     .bdrv_child_perm            = bdrv_default_perms,           \
     .bdrv_refresh_limits        = disk_refresh_limits,          \
     .bdrv_co_getlength          = disk_co_getlength,            \

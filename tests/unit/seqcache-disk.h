@@ -98,6 +98,7 @@ typedef struct Disk {
     } nb;
     void *last_write; /* the first buffer */
     BdrvRequestFlags truncate_flags; /* of the last one */
+    unsigned nb_cancels;
 
     unsigned nb_in_flight;
     QLIST_HEAD(, DiskChange) changes; /* in flight */
@@ -545,9 +546,17 @@ static int coroutine_fn disk_co_block_status(BlockDriverState *bs,
     return flags;
 }
 
+static void disk_cancel_in_flight(BlockDriverState *bs)
+{
+    Disk *d = bs->opaque;
+
+    d->nb_cancels++;
+}
+
 static BlockDriver bdrv_disk = {
     .format_name                = "seqcache-test-disk",
     .instance_size              = sizeof(Disk),
+    .bdrv_cancel_in_flight      = disk_cancel_in_flight,
     .bdrv_open                  = disk_open,
     .bdrv_close                 = disk_close,
     .bdrv_child_perm            = bdrv_default_perms,

@@ -775,6 +775,15 @@ static void test_inactive(void)
 }
 
 /* Nobody else may write to the child, nor write and then be joined by us */
+static void test_cancel(void)
+{
+    Test *t = new_striped(&plain, 0);
+
+    bdrv_cancel_in_flight(t->bs);
+    g_assert_cmpuint(t->disk->nb_cancels, ==, 1);
+    test_free(t);
+}
+
 static void test_permissions(void)
 {
     Test *t = new_striped(&plain, 0);
@@ -999,6 +1008,7 @@ int main(int argc, char **argv)
     ADD("reopen-max-extents", reopen_max_extents);
     ADD("reopen-abort", reopen_abort);
     ADD("inactive", inactive);
+    ADD("cancel", cancel);
     ADD("permissions", permissions);
 #undef ADD
     for (int i = 0; i < ARRAY_SIZE(changes); i++) {

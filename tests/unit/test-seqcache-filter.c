@@ -705,6 +705,15 @@ static void test_aio_context(void)
     iothread_join(iothread);
 }
 
+static void test_cancel(void)
+{
+    SeqCacheTest *t = new_test(512);
+
+    bdrv_cancel_in_flight(t->bs);
+    g_assert_cmpuint(t->disk->nb_cancels, ==, 1);
+    seqcache_test_free(t);
+}
+
 static void test_close(void)
 {
     SeqCacheTest *t = new_test(512);
@@ -746,6 +755,7 @@ int main(int argc, char **argv)
     ADD("node/permissions", test_permissions);
     ADD("node/inactive", test_inactive);
     ADD("node/aio-context", test_aio_context);
+    ADD("node/cancel", test_cancel);
     ADD("node/close", test_close);
 #undef ADD
 
