@@ -290,10 +290,11 @@ def matrix_rows():
 
 def main_rows():
     """All that there is to say about the most usual case"""
-    for compression, option in itertools.product(['zstd', 'zlib'], ['', '-W']):
+    for (compression, mib), option in itertools.product(
+            [('zstd', 512), ('zlib', 128)], ['', '-W']):
         yield ConvertToFile(
             f'convert-main-{compression}{option.lower()}',
-            f'512 MiB of files to {DIRECT}, {compression}'
+            f'{mib} MiB of files to {DIRECT}, {compression}'
             f'{", -W" if option else ""}',
             [ratio('off', 'on'),
              ratio('on', 'page cache', at_most=1.02),
@@ -305,7 +306,7 @@ def main_rows():
              value_of('page cache', 'dirty'),
              value_of('on', 'outside'),
              difference('on', 'off', 'memory', at_most=20 * MIB)],
-            files_source, 512, 64, repeats=5 if compression == 'zstd' else 3,
+            files_source, mib, 64, repeats=5 if compression == 'zstd' else 3,
             compression=compression, options=[option] if option else [],
             sides=['off', 'on', 'page cache', 'tmpfs', 'tmpfs on'],
             details=True)
