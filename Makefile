@@ -51,7 +51,18 @@ check-upstream:
 
 check-long:
 	@scripts/build --sanitizers
+	@$(if $(filter valgrind,$(or $(PARTS),valgrind)),scripts/build --valgrind)
 	@scripts/check-long $(PARTS)
+
+check-tsan: export BUILD := build-tsan
+check-tsan: export IOTEST_TIMEOUT ?= 1800
+check-tsan:
+	@scripts/build --tsan
+	@scripts/check unit our-iotests
+
+check-clang:
+	@scripts/build --clang
+	@scripts/checkpatch
 
 # Without BUILD: a build folder of its own
 coverage: export BUILD := $(if $(filter build,$(BUILD)),build-gcov,$(BUILD))
@@ -96,7 +107,12 @@ help:
 	@echo '                       runs only these; SEED=N repeats a run. The parts:'
 	@echo '                       model fuzz unit write-behind filter'
 	@echo '                       filter-images cacheextents qcow2 corrupt'
-	@echo '                       power-cuts kills faults'
+	@echo '                       power-cuts kills faults valgrind'
+	@echo 'make check-tsan        the unit tests and our iotests with'
+	@echo '                       ThreadSanitizer, in build-tsan'
+	@echo 'make check-clang       build with clang-19, its thread-safety analysis'
+	@echo '                       and -Werror, in build-clang; checkpatch.pl over'
+	@echo '                       our files and hooks'
 	@echo 'make coverage          a build with --enable-gcov, the unit tests and our'
 	@echo '                       iotests in it; prints which of our lines they'
 	@echo '                       reach; half an hour'
@@ -119,5 +135,5 @@ help:
 	@echo 'V=1                    show the whole output of each step'
 
 .PHONY: all check check-standalone check-unit check-iotests check-filtered \
-        check-upstream check-long coverage bench bench-quick demo \
-        stock-results clean distclean help
+        check-upstream check-long check-tsan check-clang coverage bench \
+        bench-quick demo stock-results clean distclean help
