@@ -163,8 +163,9 @@ static void fill_with_image(const Stack *stack, BlockDriverState *disk_bs)
     d->len = size;
 }
 
+/* @check: without a cache, in order to be checked */
 static BlockDriverState *open_node(const Stack *stack, const char *name,
-                                   const char *disk, bool cache)
+                                   const char *disk, bool check)
 {
     static const char *const drivers[] = {
         [SEQCACHE] = "seqcache", [QCOW2] = "qcow2",
@@ -180,12 +181,12 @@ static BlockDriverState *open_node(const Stack *stack, const char *name,
         qdict_put_int(opts, "cache-size", stack->cache_size);
     } else if (stack->driver == QCOW2) {
         qdict_put_int(opts, "compressed-cache-size",
-                      cache ? stack->cache_size : 0);
+                      check ? 0 : stack->cache_size);
         qdict_put_int(opts, "l2-cache-entry-size", 512);
         qdict_put_int(opts, "l2-cache-size", stack->small_l2 ? 1 * K : 64 * K);
     }
-    return bdrv_open(NULL, NULL, opts, BDRV_O_RDWR | BDRV_O_UNMAP,
-                     &error_abort);
+    return bdrv_open(NULL, NULL, opts, BDRV_O_RDWR | BDRV_O_UNMAP |
+                     (check ? BDRV_O_CHECK : 0), &error_abort);
 }
 
 static BlockBackend *open_blk(BlockDriverState *bs)
@@ -212,7 +213,7 @@ static Run *run_new(const Stack *stack, DiskFault fault)
     if (stack->driver == QCOW2) {
         fill_with_image(stack, r->disk_bs);
     }
-    r->bs = open_node(stack, "node", "disk", true);
+    r->bs = open_node(stack, "node", "disk", false);
     r->blk = open_blk(r->bs);
     r->len = stack->len;
     r->shadow = g_malloc0(DISK_MAX_SIZE);
@@ -327,7 +328,7 @@ static void check_image(const Stack *stack, const uint8_t *data, Run *r)
     Disk *d = disk_bs->opaque;
 
     memcpy(d->data, data, DISK_MAX_SIZE);
-    bs = open_node(stack, "image", "image-disk", false);
+    bs = open_node(stack, "image", "image-disk", true);
     bdrv_graph_rdlock_main_loop();
     g_assert_cmpint(bdrv_check(bs, &result, 0), ==, 0);
     bdrv_graph_rdunlock_main_loop();
