@@ -19,8 +19,8 @@
  * - if the disk never works again, nor does anything of what it says has
  *   failed, a qcow2 image on it is not corrupt.
  *
- * Each request fails in one of these ways, by turns.  With TEST_FAULTS_SEED=N it
- * fails in all of them; N decides about partial changes.
+ * Each request fails in one of these ways, by turns.  With TEST_FAULTS_SEED=N
+ * it fails in all of them; N decides about partial changes.
  * TEST_FAULTS_ONLY=N lets only request N fail, and says what that leads to.
  */
 
@@ -155,12 +155,11 @@ static void fill_with_image(const Stack *stack, BlockDriverState *disk_bs)
         unlink(path);
         made = stack;
     }
-    size = ROUND_UP(size, stack->align);
-    g_assert(size <= DISK_MAX_SIZE);
+    d->len = ROUND_UP(size, stack->align);
+    g_assert(d->len <= DISK_MAX_SIZE);
     memcpy(d->data, image, size);
     memcpy(d->stable, image, size);
-    memset(d->mapped, true, size / BDRV_SECTOR_SIZE);
-    d->len = size;
+    memset(d->mapped, true, d->len / BDRV_SECTOR_SIZE);
 }
 
 /* @check: without a cache, in order to be checked */

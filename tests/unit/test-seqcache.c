@@ -1018,10 +1018,7 @@ static void test_buffers_are_aligned(void)
     }
 }
 
-#ifndef __has_feature
-#define __has_feature(x) 0
-#endif
-#if defined(__SANITIZE_ADDRESS__) || __has_feature(address_sanitizer)
+#if defined(QEMU_SANITIZE_ADDRESS) || defined(QEMU_SANITIZE_THREAD)
 #define USES_MORE_MEMORY true
 #else
 #define USES_MORE_MEMORY false

@@ -31,6 +31,14 @@
 #define QEMU_ALIGN_DOWN(n, m) ((n) - ((n) & ((m) - 1)))
 #define QEMU_ALIGN_UP(n, m) QEMU_ALIGN_DOWN((n) + (m) - 1, m)
 
+#ifdef __has_feature
+#if __has_feature(address_sanitizer)
+#define QEMU_SANITIZE_ADDRESS 1
+#endif
+#elif defined(__SANITIZE_ADDRESS__)
+#define QEMU_SANITIZE_ADDRESS 1
+#endif
+
 #define ARRAY_SIZE(x) G_N_ELEMENTS(x)
 
 #ifndef container_of
