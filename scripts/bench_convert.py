@@ -5,29 +5,26 @@ import glob
 import itertools
 import os
 import random
-import subprocess
 
 from bench_report import difference, ratio, value_of
 from bench_row import DIRECT, TIMES, Row, direct_file
 from lab import (
     GIB, KIB, MIB, QEMU_IMG, TOP, DirtyMemory, Failed, Profile, RequestLog,
-    SlowDisk, cached_pages, image_end, make_files_image, qemu_img, run_timed,
-    verify
+    SlowDisk, cached_pages, image_end, make_files_image, make_once, qemu_img,
+    read_whole, remove_and_sync, run_timed, verify
 )
 
 
 # ---- Sources ----
 
 def make_source(bench, name, mib, chunk):
-    """A file of mib MiB; chunk(i) are the bytes of each, or b'' for a hole"""
+    """A file of mib MiB; chunk(i) are the bytes of each"""
+    def write(f):
+        for i in range(mib):
+            f.write(chunk(i))
+
     path = bench.path(f'{name}-{mib}.raw')
-    if not os.path.exists(path):
-        with open(path + '.new', 'wb') as f:
-            for i in range(mib):
-                f.seek(i * MIB)
-                f.write(chunk(i))
-            f.truncate(mib * MIB)
-        os.rename(path + '.new', path)
+    make_once(path, write)
     return path
 
 
@@ -56,33 +53,32 @@ def files_source(bench, mib):
 
 def sparse_source(bench, gib, mib):
     """The same mib MiB of files at the start of each GiB, nothing else"""
+    def write(f):
+        with open(files_source(bench, mib), 'rb') as source:
+            data = source.read()
+        for i in range(gib):
+            f.seek(i * GIB)
+            f.write(data)
+        f.truncate(gib * GIB)
+
     path = bench.path(f'sparse-files-{gib}-{mib}.raw')
-    if not os.path.exists(path):
-        with open(files_source(bench, mib), 'rb') as f:
-            data = f.read()
-        with open(path + '.new', 'wb') as f:
-            for i in range(gib):
-                f.seek(i * GIB)
-                f.write(data)
-            f.truncate(gib * GIB)
-        os.rename(path + '.new', path)
+    make_once(path, write)
     return path
 
 
 def text_source(bench, mib):
     """C source: QEMU's own, in the order of the names"""
-    path = bench.path(f'text-{mib}.raw')
-    left = mib * MIB
-    if os.path.exists(path):
-        return path
-    with open(path + '.new', 'wb') as out:
+    def write(f):
+        left = mib * MIB
         for name in sorted(glob.glob(os.path.join(TOP, 'qemu', '**', '*.[ch]'),
                                      recursive=True)):
-            with open(name, 'rb') as f:
-                left -= out.write(f.read(left))
-    if left:
-        raise Failed(f'QEMU has less than {mib} MiB of C source')
-    os.rename(path + '.new', path)
+            with open(name, 'rb') as source:
+                left -= f.write(source.read(left))
+        if left:
+            raise Failed(f'QEMU has less than {mib} MiB of C source')
+
+    path = bench.path(f'text-{mib}.raw')
+    make_once(path, write)
     return path
 
 
@@ -96,12 +92,6 @@ class Conversion:
         self.compression = compression
         self.cluster = cluster
         self.options = options
-
-    def read_source(self):
-        """Into the page cache"""
-        with open(self.source, 'rb') as f:
-            while f.read(MIB):
-                pass
 
     def create(self, path):
         if os.path.exists(path):
@@ -136,7 +126,7 @@ class ConvertRow(Row):
     def prepare(self, bench):
         source = self.source(bench, bench.pick(*self.mib))
         self.conversion = Conversion(source, **self.conversion_args)
-        self.conversion.read_source()
+        read_whole(source)
 
 
 class ConvertToDisk(ConvertRow):
@@ -215,9 +205,7 @@ class ConvertToFile(ConvertRow):
 
     def measure(self, bench, side):
         path, result = self.run(bench, side)
-        os.unlink(path)
-        # Else the next run, of another side, pays for it
-        subprocess.run(['sync', '-f', os.path.dirname(path)], check=True)
+        remove_and_sync(path)
         return result
 
 
@@ -241,7 +229,7 @@ class ConvertSizes(Row):
         for size, side in zip(self.SIZES, self.sides):
             source = sparse_source(bench, size, bench.pick(256, 16))
             self.conversions[side] = Conversion(source)
-            self.conversions[side].read_source()
+            read_whole(source)
 
     def run(self, bench, side):
         path = bench.path('file.qcow2')
@@ -255,8 +243,7 @@ class ConvertSizes(Row):
 
     def measure(self, bench, side):
         path, result = self.run(bench, side)
-        os.unlink(path)
-        subprocess.run(['sync', '-f', bench.folder], check=True)
+        remove_and_sync(path)
         size = int(side.split()[0])
         return dict(result, per_gib=result['seconds'] / size,
                     cpu_per_gib=result['cpu'] / size)

@@ -7,8 +7,8 @@ import os
 from bench_report import difference, ratio, value_of
 from bench_row import MANY, TIMES, Row, direct_file
 from lab import (
-    KIB, MIB, QEMU_IMG, Failed, RequestLog, SlowDisk, StorageDaemon, qemu_img,
-    run_timed
+    KIB, MIB, QEMU_IMG, Failed, RequestLog, SlowDisk, StorageDaemon, make_once,
+    qemu_img, read_whole, run_timed
 )
 
 DATA = 64 * KIB
@@ -19,13 +19,14 @@ def sparse_file(bench, extents):
     path = bench.path(f'sparse-{extents}.raw')
     count = extents // 2
     size = max(2048 * MIB, count * 2 * DATA)
-    if not os.path.exists(path):
-        with open(path + '.new', 'wb') as f:
-            f.truncate(size)
-            for i in range(count):
-                f.seek(i * (size // count) // DATA * DATA)
-                f.write(b'x' * DATA)
-        os.rename(path + '.new', path)
+
+    def write(f):
+        f.truncate(size)
+        for i in range(count):
+            f.seek(i * (size // count) // DATA * DATA)
+            f.write(b'x' * DATA)
+
+    make_once(path, write)
     return path
 
 
@@ -41,9 +42,7 @@ class ExtentsRow(Row):
         return os.path.join(bench.tmpfs, 'copy.raw')
 
     def prepare(self, bench):
-        with open(sparse_file(bench, self.extents), 'rb') as f:
-            while f.read(MIB):
-                pass    # into the page cache
+        read_whole(sparse_file(bench, self.extents))
 
     def run(self, bench, options, prefix=(), check=False):
         """What it takes, with the options of a node below a raw node"""

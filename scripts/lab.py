@@ -90,6 +90,27 @@ def make_files_image(image, files_mib, image_mib):
         os.rename(new, image)
 
 
+def make_once(path, write):
+    """Make a file, if it is not there, by what write(file) writes."""
+    if not os.path.exists(path):
+        with open(path + '.new', 'wb') as f:
+            write(f)
+        os.rename(path + '.new', path)
+
+
+def read_whole(path):
+    """Read a file, so that it is in the page cache."""
+    with open(path, 'rb') as f:
+        while f.read(MIB):
+            pass
+
+
+def remove_and_sync(path):
+    """Remove a file; else the next run, of another side, pays for it."""
+    os.unlink(path)
+    subprocess.run(['sync', '-f', os.path.dirname(path)], check=True)
+
+
 def cached_pages(path):
     """How many pages of a file are in the page cache"""
     done = subprocess.run(['fincore', '--json', '--bytes', '-o', 'PAGES', path],
