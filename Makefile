@@ -12,7 +12,7 @@ all:
 
 check:
 	@scripts/build --tests
-	@scripts/check standalone unit iotests
+	@scripts/check standalone lint unit iotests
 
 check-standalone:
 	@scripts/deps build test
