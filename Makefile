@@ -56,6 +56,7 @@ check-long:
 
 check-tsan: export BUILD := build-tsan
 check-tsan: export IOTEST_TIMEOUT ?= 1800
+check-tsan: export MESON_TIMEOUT ?= 7200
 check-tsan:
 	@scripts/build --tsan
 	@scripts/check unit our-iotests
