@@ -189,12 +189,16 @@ static void seqcache_update_write_behind(BlockDriverState *bs, int flags)
 
 /*
  * Others may write to the child from now on: forget what is there already.
- * There must be no dirty data.
+ * There should be no dirty data; if there is, because somebody has written
+ * since the flush, it and the length that it needs are kept.
  */
 static void seqcache_forget_clean(BDRVSeqCacheState *s)
 {
     if (s->write_behind) {
         wb_end_streams(s->write_behind);
+        if (wb_is_dirty(s->write_behind)) {
+            return;
+        }
     }
 
     QEMU_LOCK_GUARD(&s->lock);
@@ -777,6 +781,13 @@ static int GRAPH_RDLOCK seqcache_inactivate(BlockDriverState *bs)
     return s->write_behind ? wb_flush(bs, s->write_behind) : 0;
 }
 
+/* The child has other contents than before */
+static void coroutine_fn GRAPH_RDLOCK
+seqcache_co_invalidate_cache(BlockDriverState *bs, Error **errp)
+{
+    seqcache_forget_clean(bs->opaque);
+}
+
 static BlockStatsSpecific *seqcache_get_specific_stats(BlockDriverState *bs)
 {
     BDRVSeqCacheState *s = bs->opaque;
@@ -816,6 +827,7 @@ static BlockDriver bdrv_seqcache_filter = {
     .bdrv_reopen_commit             = seqcache_reopen_commit,
     .bdrv_reopen_abort              = seqcache_reopen_abort,
     .bdrv_inactivate                = seqcache_inactivate,
+    .bdrv_co_invalidate_cache       = seqcache_co_invalidate_cache,
 
     .bdrv_child_perm                = seqcache_child_perm,
     .bdrv_set_perm                  = seqcache_set_perm,
