@@ -110,6 +110,13 @@ void qcow2_update_write_behind(BlockDriverState *bs, int flags)
     qemu_co_queue_init(&s->compress_queue);
 }
 
+/* Let the next one allocate.  Called with s->lock held. */
+static void coroutine_fn qcow2_end_turn_locked(BDRVQcow2State *s)
+{
+    s->nb_compress_done++;
+    qemu_co_queue_restart_all(&s->compress_queue);
+}
+
 ssize_t coroutine_fn
 qcow2_co_compress_in_order(BlockDriverState *bs, void *dest, size_t dest_size,
                            const void *src, size_t src_size)
@@ -132,8 +139,9 @@ qcow2_co_compress_in_order(BlockDriverState *bs, void *dest, size_t dest_size,
         while (s->nb_compress_done != number) {
             qemu_co_queue_wait(&s->compress_queue, &s->lock);
         }
-        s->nb_compress_done++;
-        qemu_co_queue_restart_all(&s->compress_queue);
+        if (ret < 0) {
+            qcow2_end_turn_locked(s);
+        }
     }
 
     return ret;
@@ -150,11 +158,13 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
     int ret;
 
     ret = wb_co_reserve(bs, wb, 1);
+
+    QEMU_LOCK_GUARD(&s->lock);
+
+    qcow2_end_turn_locked(s);
     if (ret < 0) {
         return ret;
     }
-
-    QEMU_LOCK_GUARD(&s->lock);
 
     if (s->free_byte_offset && !wb_continues(wb, s->free_byte_offset)) {
         s->free_byte_offset = 0;

@@ -51,8 +51,10 @@ void GRAPH_RDLOCK qcow2_update_write_behind(BlockDriverState *bs, int flags);
  * @src_size: its size in bytes.
  *
  * qcow2_co_compress(); if the node has a cache, those that were called first
- * return first.  A caller that begins to allocate space before it yields then
- * gets it in this order, although clusters are compressed in parallel.
+ * return first.  So they can allocate space in this order, although clusters
+ * are compressed in parallel: the next one does not return before the caller of
+ * this one has called qcow2_co_write_compressed(), which it must do if this one
+ * has succeeded, or, if it has failed, before the caller yields.
  *
  * Returns: what qcow2_co_compress() returns.
  */
@@ -62,7 +64,8 @@ qcow2_co_compress_in_order(BlockDriverState *bs, void *dest, size_t dest_size,
 
 /**
  * qcow2_co_write_compressed:
- * @bs: the node; s->lock is not held, and the node has a cache.
+ * @bs: the node; s->lock is not held, and the node has a cache.  The caller has
+ *      compressed the data with qcow2_co_compress_in_order().
  * @offset: guest offset of the cluster.
  * @buf: compressed data; copied.
  * @bytes: size of the compressed data.
