@@ -161,18 +161,22 @@ class ConvertToFile(ConvertRow):
                 'page cache': ('folder', 'writeback', 0, True),
                 'tmpfs': ('tmpfs', 'writeback', 0, True),
                 'tmpfs on': ('tmpfs', 'writeback', '16M', True),
+                'preallocate': ('folder', 'none', None, True),
                 'without -c': ('folder', 'none', None, False)}
 
     def __init__(self, *args, sides=None, details=False, **kwargs):
         super().__init__(*args, **kwargs)
-        self.sides = sides or [s for s in self.SETTINGS if s != 'tmpfs on']
+        self.sides = sides or ['off', 'on', 'page cache', 'tmpfs', 'without -c']
         self.details = details
 
     def run(self, bench, side, prefix=()):
         folder, mode, cache, compress = self.SETTINGS[side]
         path = os.path.join(getattr(bench, folder), 'file.qcow2')
         options = f'file.driver=file,file.filename={path}'
-        if mode == 'none':
+        if side == 'preallocate':
+            options = ('file.driver=preallocate,' +
+                       direct_file(path, 'file.file.'))
+        elif mode == 'none':
             options = direct_file(path, 'file.')
         self.conversion.create(path)
         return path, self.conversion.run(options, cache, mode, prefix,
@@ -253,26 +257,34 @@ class ConvertSizes(Row):
 
 def matrix_rows():
     """Each kind of data, compressed in each way"""
-    data = {'files': ('files', files_source, 128),
-            'random': ('random data', random_source, 64),
-            'constant': ('zeros and 0xff', constant_source, 128)}
+    # With zstd all of them take a second or so
+    data = {'files': ('files', files_source, 256, 128),
+            'random': ('random data', random_source, 256, 128),
+            'constant': ('zeros and 0xff', constant_source, 512, 256)}
     figures = [
         ratio('on', 'off', at_most=1.02),
         ratio('on', 'page cache', at_most=1.02),
         ratio('on', 'tmpfs', at_most=1.05),
         ratio('on', 'without -c', at_most=1.02),
     ]
-    for (key, (text, source, mib)), compression, cluster, option in \
+    for (key, (text, source, *sizes)), compression, cluster, option in \
             itertools.product(data.items(), ['zlib', 'zstd'], ['64k', '2M'],
                               ['', '-W']):
+        mib = sizes[compression == 'zlib']
+        more = {}
+        if key == 'random':
+            # Of the cost of normal clusters, what the file's growing is
+            more = {'sides': ['off', 'on', 'page cache', 'tmpfs', 'without -c',
+                              'preallocate']}
         yield ConvertToFile(
             '-'.join(filter(None, ['convert', key, compression, cluster,
                                    option.strip('-').lower()])),
             f'{mib} MiB of {text} to {DIRECT}, {compression}, clusters of '
             f'{cluster.replace("k", " KiB").replace("M", " MiB")}'
             f'{", -W" if option else ""}',
-            figures, source, mib, repeats=3, compression=compression,
-            cluster=cluster, options=[option] if option else [])
+            figures + [ratio('preallocate', 'on')] * bool(more), source, mib,
+            repeats=5 if compression == 'zstd' else 3, compression=compression,
+            cluster=cluster, options=[option] if option else [], **more)
 
 
 def main_rows():
