@@ -132,7 +132,8 @@ help:
 	@echo 'CONFIGURE_FLAGS=...    more flags for QEMU'"'"'s configure; this runs all'
 	@echo '                       tests with sanitizers, whose reports are failures:'
 	@echo '                       make check BUILD=build-asan \'
-	@echo '                           CONFIGURE_FLAGS="--enable-asan --enable-ubsan"'
+	@echo '                           CONFIGURE_FLAGS="--enable-asan --enable-ubsan'\
+		'--enable-debug-info"'
 	@echo 'V=1                    show the whole output of each step'
 
 .PHONY: all check check-standalone check-unit check-iotests check-filtered \
