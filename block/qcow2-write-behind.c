@@ -22,8 +22,10 @@
 
 #include "qemu/osdep.h"
 
+#include "block/block-io.h"
 #include "qapi/error.h"
 #include "qemu/cutils.h"
+#include "qemu/memalign.h"
 #include "qemu/option.h"
 #include "qemu/units.h"
 #include "qcow2.h"
@@ -31,6 +33,13 @@
 
 #define DEFAULT_COMPRESSED_CACHE_SIZE (16 * MiB)
 #define MAX_COMPRESSED_CACHE_SIZE (1 * GiB)
+
+/* A coroutine that waits for its turn to allocate */
+typedef struct Qcow2CompressWaiter {
+    uint64_t number;
+    CoQueue queue;
+    QLIST_ENTRY(Qcow2CompressWaiter) next;
+} Qcow2CompressWaiter;
 
 bool qcow2_compressed_cache_size(BlockDriverState *bs, QemuOpts *opts,
                                  int64_t *size, Error **errp)
@@ -107,14 +116,57 @@ void qcow2_update_write_behind(BlockDriverState *bs, int flags)
 
     wb_free(s->write_behind);
     s->write_behind = opts.cache_size ? wb_new(bs, &opts) : NULL;
-    qemu_co_queue_init(&s->compress_queue);
+}
+
+void *qcow2_get_compress_buf(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = bs->opaque;
+
+    if (s->write_behind) {
+        qatomic_inc(&s->nb_compress_bufs);
+        for (int i = 0; i < QCOW2_SPARE_COMPRESS_BUFS; i++) {
+            void *buf = qatomic_read(&s->spare_compress_bufs[i]) ?
+                        qatomic_xchg(&s->spare_compress_bufs[i], NULL) : NULL;
+
+            if (buf) {
+                return buf;
+            }
+        }
+    }
+    return qemu_blockalign(bs, s->cluster_size);
+}
+
+void qcow2_put_compress_buf(BlockDriverState *bs, void *buf)
+{
+    BDRVQcow2State *s = bs->opaque;
+
+    if (s->write_behind) {
+        for (int i = 0; i < QCOW2_SPARE_COMPRESS_BUFS && buf; i++) {
+            if (!qatomic_cmpxchg(&s->spare_compress_bufs[i], NULL, buf)) {
+                buf = NULL;
+            }
+        }
+        if (qatomic_fetch_dec(&s->nb_compress_bufs) == 1) {
+            for (int i = 0; i < QCOW2_SPARE_COMPRESS_BUFS; i++) {
+                qemu_vfree(qatomic_xchg(&s->spare_compress_bufs[i], NULL));
+            }
+        }
+    }
+    qemu_vfree(buf);
 }
 
 /* Let the next one allocate.  Called with s->lock held. */
 static void coroutine_fn qcow2_end_turn_locked(BDRVQcow2State *s)
 {
+    Qcow2CompressWaiter *waiter;
+
     s->nb_compress_done++;
-    qemu_co_queue_restart_all(&s->compress_queue);
+    QLIST_FOREACH(waiter, &s->compress_waiters, next) {
+        if (waiter->number == s->nb_compress_done) {
+            qemu_co_queue_next(&waiter->queue);
+            break;
+        }
+    }
 }
 
 ssize_t coroutine_fn
@@ -122,7 +174,7 @@ qcow2_co_compress_in_order(BlockDriverState *bs, void *dest, size_t dest_size,
                            const void *src, size_t src_size)
 {
     BDRVQcow2State *s = bs->opaque;
-    uint64_t number;
+    Qcow2CompressWaiter self;
     ssize_t ret;
 
     if (!s->write_behind) {
@@ -130,14 +182,17 @@ qcow2_co_compress_in_order(BlockDriverState *bs, void *dest, size_t dest_size,
     }
 
     WITH_QEMU_LOCK_GUARD(&s->lock) {
-        number = s->nb_compress_begun++;
+        self.number = s->nb_compress_begun++;
     }
 
     ret = qcow2_co_compress(bs, dest, dest_size, src, src_size);
 
     WITH_QEMU_LOCK_GUARD(&s->lock) {
-        while (s->nb_compress_done != number) {
-            qemu_co_queue_wait(&s->compress_queue, &s->lock);
+        if (self.number != s->nb_compress_done) {
+            qemu_co_queue_init(&self.queue);
+            QLIST_INSERT_HEAD(&s->compress_waiters, &self, next);
+            qemu_co_queue_wait(&self.queue, &s->lock);
+            QLIST_REMOVE(&self, next);
         }
         if (ret < 0) {
             qcow2_end_turn_locked(s);

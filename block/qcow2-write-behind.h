@@ -43,6 +43,28 @@ bool qcow2_compressed_cache_size(BlockDriverState *bs, QemuOpts *opts,
 void GRAPH_RDLOCK qcow2_update_write_behind(BlockDriverState *bs, int flags);
 
 /**
+ * qcow2_get_compress_buf:
+ * @bs: the node.
+ *
+ * Get memory for one cluster, aligned for the node's requests.  While other
+ * compressed writes are under way, memory that they have put back is used
+ * again: what the heap gives back to the kernel comes again page by page, which
+ * can take longer than compression.
+ *
+ * Returns: the memory, to be put back with qcow2_put_compress_buf().
+ */
+void *qcow2_get_compress_buf(BlockDriverState *bs);
+
+/**
+ * qcow2_put_compress_buf:
+ * @bs: the node.
+ * @buf: what qcow2_get_compress_buf() returned.
+ *
+ * Put memory back.  When all of it was put back, all of it is freed.
+ */
+void qcow2_put_compress_buf(BlockDriverState *bs, void *buf);
+
+/**
  * qcow2_co_compress_in_order:
  * @bs: the node; s->lock is not held.
  * @dest: where the compressed data goes.
