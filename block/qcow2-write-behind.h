@@ -49,7 +49,7 @@ void GRAPH_RDLOCK qcow2_update_write_behind(BlockDriverState *bs, int flags);
  * Get memory for one cluster, aligned for the node's requests.  While other
  * compressed writes are under way, memory that they have put back is used
  * again: what the heap gives back to the kernel comes again page by page, which
- * can take longer than compression.
+ * can take longer than compression.  Needs no lock; any thread may call it.
  *
  * Returns: the memory, to be put back with qcow2_put_compress_buf().
  */
@@ -60,7 +60,8 @@ void *qcow2_get_compress_buf(BlockDriverState *bs);
  * @bs: the node.
  * @buf: what qcow2_get_compress_buf() returned.
  *
- * Put memory back.  When all of it was put back, all of it is freed.
+ * Put memory back.  When all of it was put back, all of it is freed.  Needs no
+ * lock; any thread may call it.
  */
 void qcow2_put_compress_buf(BlockDriverState *bs, void *buf);
 
