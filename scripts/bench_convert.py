@@ -164,9 +164,11 @@ class ConvertToFile(ConvertRow):
                 'preallocate': ('folder', 'none', None, True),
                 'without -c': ('folder', 'none', None, False)}
 
+    SIDES = ['off', 'on', 'page cache', 'tmpfs', 'without -c']
+
     def __init__(self, *args, sides=None, details=False, **kwargs):
         super().__init__(*args, **kwargs)
-        self.sides = sides or ['off', 'on', 'page cache', 'tmpfs', 'without -c']
+        self.sides = sides or self.SIDES
         self.details = details
 
     def run(self, bench, side, prefix=()):
@@ -274,8 +276,7 @@ def matrix_rows():
         more = {}
         if key == 'random':
             # Of the cost of normal clusters, what the file's growing is
-            more = {'sides': ['off', 'on', 'page cache', 'tmpfs', 'without -c',
-                              'preallocate']}
+            more = {'sides': [*ConvertToFile.SIDES, 'preallocate']}
         yield ConvertToFile(
             '-'.join(filter(None, ['convert', key, compression, cluster,
                                    option.strip('-').lower()])),
