@@ -768,7 +768,9 @@ static void test_inactive(void)
     status(t, BLOCK);
     g_assert_cmpuint(t->disk->nb_questions, ==, 3);
     disk_set(t->disk, 0, BLOCK, ZERO);
+    bdrv_graph_rdlock_main_loop();
     bdrv_activate(t->bs, &error_abort);
+    bdrv_graph_rdunlock_main_loop();
     g_assert_cmpint(status(t, 0), ==, ZERO);
     g_assert_cmpuint(map(t), ==, 0);
     test_free(t);
