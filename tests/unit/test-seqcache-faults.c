@@ -787,8 +787,10 @@ int main(int argc, char **argv)
 
     every_way = get_env("TEST_FAULTS_SEED", &seed);
     get_env("TEST_FAULTS_ONLY", &only);
+    bdrv_graph_wrlock();
     bdrv_disk_extents = bdrv_disk;
     bdrv_disk_extents.bdrv_co_block_extents = disk_co_block_extents;
+    bdrv_graph_wrunlock();
 
     for (int i = 0; i < ARRAY_SIZE(stacks); i++) {
         g_autofree char *path = g_strdup_printf("/seqcache-faults/%s",
