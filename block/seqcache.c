@@ -545,6 +545,18 @@ seqcache_co_write_out(BlockDriverState *bs, int64_t offset, int64_t bytes)
            wb_co_write_out(bs, s->write_behind, offset, bytes) : 0;
 }
 
+/*
+ * To follow a request to the child itself, whatever became of it.  What was
+ * cached in its range meanwhile may be older or newer than the request where it
+ * is on the child; only the child can tell.  What is not there yet is newer.
+ */
+static void coroutine_fn GRAPH_RDLOCK
+seqcache_co_end_direct(BlockDriverState *bs, int64_t offset, int64_t bytes)
+{
+    /* What cannot be written stays cached, and so comes after the request */
+    seqcache_co_write_out(bs, offset, bytes);
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 seqcache_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
                          QEMUIOVector *qiov, size_t qiov_offset,
@@ -586,6 +598,7 @@ seqcache_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
     if (ret >= 0) {
         seqcache_remember_end(s, offset + bytes);
     }
+    seqcache_co_end_direct(bs, offset, bytes);
     return ret;
 }
 
@@ -605,16 +618,19 @@ seqcache_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
 }
 
 static int coroutine_fn GRAPH_RDLOCK
-seqcache_co_pwritev_compressed(BlockDriverState *bs, int64_t offset,
-                               int64_t bytes, QEMUIOVector *qiov)
+seqcache_co_pwritev_compressed_part(BlockDriverState *bs, int64_t offset,
+                                    int64_t bytes, QEMUIOVector *qiov,
+                                    size_t qiov_offset, BdrvRequestFlags flags)
 {
     int ret = seqcache_co_write_out(bs, offset, bytes);
 
     if (ret < 0) {
         return ret;
     }
-    return bdrv_co_pwritev(bs->file, offset, bytes, qiov,
-                           BDRV_REQ_WRITE_COMPRESSED);
+    ret = bdrv_co_pwritev_part(bs->file, offset, bytes, qiov, qiov_offset,
+                               flags | BDRV_REQ_WRITE_COMPRESSED);
+    seqcache_co_end_direct(bs, offset, bytes);
+    return ret;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -626,7 +642,9 @@ seqcache_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
     if (ret < 0) {
         return ret;
     }
-    return bdrv_co_pwrite_zeroes(bs->file, offset, bytes, flags);
+    ret = bdrv_co_pwrite_zeroes(bs->file, offset, bytes, flags);
+    seqcache_co_end_direct(bs, offset, bytes);
+    return ret;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -637,7 +655,9 @@ seqcache_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
     if (ret < 0) {
         return ret;
     }
-    return bdrv_co_pdiscard(bs->file, offset, bytes);
+    ret = bdrv_co_pdiscard(bs->file, offset, bytes);
+    seqcache_co_end_direct(bs, offset, bytes);
+    return ret;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -668,8 +688,10 @@ seqcache_co_copy_range_to(BlockDriverState *bs, BdrvChild *src,
     if (ret < 0) {
         return ret;
     }
-    return bdrv_co_copy_range_to(src, src_offset, bs->file, dst_offset,
-                                 bytes, read_flags, write_flags);
+    ret = bdrv_co_copy_range_to(src, src_offset, bs->file, dst_offset,
+                                bytes, read_flags, write_flags);
+    seqcache_co_end_direct(bs, dst_offset, bytes);
+    return ret;
 }
 
 /*
@@ -838,7 +860,7 @@ static BlockDriver bdrv_seqcache_filter = {
 
     .bdrv_co_preadv_part            = seqcache_co_preadv_part,
     .bdrv_co_pwritev_part           = seqcache_co_pwritev_part,
-    .bdrv_co_pwritev_compressed     = seqcache_co_pwritev_compressed,
+    .bdrv_co_pwritev_compressed_part = seqcache_co_pwritev_compressed_part,
     .bdrv_co_pwrite_zeroes          = seqcache_co_pwrite_zeroes,
     .bdrv_co_pdiscard               = seqcache_co_pdiscard,
     .bdrv_co_copy_range_from        = seqcache_co_copy_range_from,

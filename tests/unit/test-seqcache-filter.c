@@ -253,6 +253,48 @@ static void test_overwrite(void)
     seqcache_test_free(t);
 }
 
+/*
+ * A request goes straight to the disk; meanwhile some of its range is written
+ * into the cache and from there to the disk, before the request gets there
+ */
+static void test_overlap(void)
+{
+    static const BdrvRequestFlags flags[] = {
+        BDRV_REQ_FUA, BDRV_REQ_ZERO_WRITE, BDRV_REQ_WRITE_COMPRESSED,
+    };
+
+    for (int i = 0; i < ARRAY_SIZE(flags); i++) {
+        SeqCacheTest *t = new_test(512);
+        TestWrite *direct;
+
+        t->disk->overlap = true;
+        write_ok(t, 3072, 512);
+        disk_set_hold(t->disk, true);
+        direct = write_start(t, qemu_get_aio_context(), 4096, 1024, flags[i]);
+        if (flags[i] == BDRV_REQ_ZERO_WRITE) {
+            memset(direct->buf, 0, 1024);
+        }
+        settle();
+        g_assert_cmpuint(t->disk->nb_held, ==, 1);
+        WITH_QEMU_LOCK_GUARD(&t->disk->lock) {
+            t->disk->hold = false;
+        }
+
+        disk_reset_counts(t->disk);
+        write_ok(t, 3584, 1024);
+        g_assert_cmpuint(t->disk->nb.writes, ==, 0);
+        flush_ok(t);
+        g_assert_cmpuint(t->disk->nb.writes, ==, 1);
+        read_ok(t, 3072, 1536);
+        g_assert(!write_is_done(direct));
+
+        disk_set_hold(t->disk, false);
+        g_assert_cmpint(write_finish(direct), ==, 0);
+        check_all(t);
+        seqcache_test_free(t);
+    }
+}
+
 static void test_fua(void)
 {
     int no_flags;
@@ -739,6 +781,7 @@ int main(int argc, char **argv)
     ADD("write/streams", test_streams);
     ADD("write/streams-fill-cache", test_streams_fill_cache);
     ADD("write/overwrite", test_overwrite);
+    ADD("write/overlap", test_overlap);
     ADD("write/fua", test_fua);
     ADD("read", test_read);
     ADD("zero", test_zero);
