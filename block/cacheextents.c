@@ -74,7 +74,7 @@ typedef struct CacheExtentsChange {
 /* A question to the child that is in flight, about all from @start on */
 typedef struct CacheExtentsQuestion {
     int64_t start;
-    /* Of all changes that were active since it was asked; too many: NULL */
+    /* Of all changes that were active since it was asked; NULL: do not keep */
     GArray *changed;
     /* Coroutines that hope for its answer */
     CoQueue waiters;
@@ -312,7 +312,7 @@ static void cacheextents_keep_locked(BDRVCacheExtentsState *s, int64_t start,
 static void cacheextents_note_change_locked(CacheExtentsQuestion *q,
                                             Range *range)
 {
-    if (!q->changed || range_upb(range) < q->start) {
+    if (!q->changed) {
         return;
     }
     if (q->changed->len == MAX_NOTED_CHANGES) {
@@ -649,11 +649,13 @@ cacheextents_co_pwritev_part(BlockDriverState *bs, int64_t offset,
 }
 
 static int coroutine_fn GRAPH_RDLOCK
-cacheextents_co_pwritev_compressed(BlockDriverState *bs, int64_t offset,
-                                   int64_t bytes, QEMUIOVector *qiov)
+cacheextents_co_pwritev_compressed_part(BlockDriverState *bs, int64_t offset,
+                                        int64_t bytes, QEMUIOVector *qiov,
+                                        size_t qiov_offset,
+                                        BdrvRequestFlags flags)
 {
-    return cacheextents_co_pwritev_part(bs, offset, bytes, qiov, 0,
-                                        BDRV_REQ_WRITE_COMPRESSED);
+    return cacheextents_co_pwritev_part(bs, offset, bytes, qiov, qiov_offset,
+                                        flags | BDRV_REQ_WRITE_COMPRESSED);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -727,11 +729,16 @@ cacheextents_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
 static void cacheextents_forget(BlockDriverState *bs)
 {
     BDRVCacheExtentsState *s = bs->opaque;
+    CacheExtentsQuestion *q;
 
     QEMU_LOCK_GUARD(&s->lock);
 
     trace_cacheextents_forget(bs, s->nb_extents);
     cacheextents_forget_locked(s);
+    QLIST_FOREACH(q, &s->questions, next) {
+        /* What its answer says may be older */
+        g_clear_pointer(&q->changed, g_array_unref);
+    }
 }
 
 static int GRAPH_RDLOCK cacheextents_inactivate(BlockDriverState *bs)
@@ -888,7 +895,8 @@ static BlockDriver bdrv_cacheextents_filter = {
 
     .bdrv_co_preadv_part            = cacheextents_co_preadv_part,
     .bdrv_co_pwritev_part           = cacheextents_co_pwritev_part,
-    .bdrv_co_pwritev_compressed     = cacheextents_co_pwritev_compressed,
+    .bdrv_co_pwritev_compressed_part =
+        cacheextents_co_pwritev_compressed_part,
     .bdrv_co_pwrite_zeroes          = cacheextents_co_pwrite_zeroes,
     .bdrv_co_pdiscard               = cacheextents_co_pdiscard,
     .bdrv_co_copy_range_from        = cacheextents_co_copy_range_from,

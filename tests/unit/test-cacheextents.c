@@ -638,6 +638,22 @@ static void test_shared_question_and_change(void)
     test_free(t);
 }
 
+/* What it changes goes further than the change does */
+static void test_change_before_question(void)
+{
+    Test *t = test_new(&plain, 0);
+    Op *question;
+
+    disk_hold(t->disk, HOLD_AFTER, HOLD_NEVER);
+    question = op_start(t, OP_STATUS, BLOCK / 2, 512);
+    wait_held(t, 1);
+    change_ok(t, OP_WRITE, 0, 512);
+    disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
+    g_assert_cmpint(op_finish(question), ==, ZERO);
+    g_assert_cmpint(status(t, BLOCK / 2), ==, DATA);
+    test_free(t);
+}
+
 /* More changes than are noted: nothing is kept, and nothing is wrong */
 static void test_many_changes(void)
 {
@@ -1004,6 +1020,7 @@ int main(int argc, char **argv)
     ADD("unknown-contents", unknown_contents);
     ADD("shared-question", shared_question);
     ADD("shared-question-and-change", shared_question_and_change);
+    ADD("change-before-question", change_before_question);
     ADD("many-changes", many_changes);
     ADD("reconnect", reconnect);
     ADD("replaced-child", replaced_child);
