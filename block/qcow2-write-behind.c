@@ -25,6 +25,7 @@
 #include "block/block-io.h"
 #include "qapi/error.h"
 #include "qemu/cutils.h"
+#include "qemu/error-report.h"
 #include "qemu/memalign.h"
 #include "qemu/option.h"
 #include "qemu/units.h"
@@ -277,6 +278,22 @@ qcow2_co_read_cached(BlockDriverState *bs, uint64_t l2_entry, uint8_t **buf)
         *buf = NULL;
     }
     return ret;
+}
+
+void qcow2_free_ejected(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = bs->opaque;
+
+    /* An image can be found to be corrupt while it is being opened */
+    if (!s || !s->write_behind) {
+        return;
+    }
+    if (wb_is_dirty(s->write_behind)) {
+        error_report("Lost compressed data on closing node '%s': the image is "
+                     "corrupt", bdrv_get_device_or_node_name(bs));
+    }
+    wb_free(s->write_behind);
+    s->write_behind = NULL;
 }
 
 BlockStatsSpecific *qcow2_get_specific_stats(BlockDriverState *bs)

@@ -119,6 +119,15 @@ int coroutine_fn GRAPH_RDLOCK
 qcow2_co_read_cached(BlockDriverState *bs, uint64_t l2_entry, uint8_t **buf);
 
 /**
+ * qcow2_free_ejected:
+ * @bs: the node; its image was found to be corrupt, so that it has no driver
+ *      any more, and it is being closed.
+ *
+ * Free the cache.  Its data is lost, which is reported.
+ */
+void qcow2_free_ejected(BlockDriverState *bs);
+
+/**
  * qcow2_get_specific_stats:
  * @bs: the node.
  *
