@@ -284,6 +284,9 @@ void qcow2_free_ejected(BlockDriverState *bs)
 {
     BDRVQcow2State *s = bs->opaque;
 
+    GLOBAL_STATE_CODE();
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
     /* An image can be found to be corrupt while it is being opened */
     if (!s || !s->write_behind) {
         return;

@@ -123,7 +123,8 @@ qcow2_co_read_cached(BlockDriverState *bs, uint64_t l2_entry, uint8_t **buf);
  * @bs: the node; its image was found to be corrupt, so that it has no driver
  *      any more, and it is being closed.
  *
- * Free the cache.  Its data is lost, which is reported.
+ * Free the cache.  Its data is lost, which is reported.  Called in the main
+ * thread, without the graph lock.
  */
 void qcow2_free_ejected(BlockDriverState *bs);
 
