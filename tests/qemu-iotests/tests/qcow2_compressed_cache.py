@@ -152,14 +152,15 @@ def finish_job(machine: Machine) -> None:
     machine.cmd('job-dismiss', {'id': job(machine)['id']})
 
 
-def export_nbd(machine: Machine, node: str) -> str:
-    '''Let NBD clients read the node; returns the URI'''
+def export_nbd(machine: Machine, node: str, writable: bool = False) -> str:
+    '''Let NBD clients read the node, or write as well; returns the URI'''
     sock = os.path.join(iotests.sock_dir, f'export-{node}.sock')
     machine.cmd('nbd-server-start', {
         'addr': {'type': 'unix', 'data': {'path': sock}}
     })
     machine.cmd('block-export-add', {
-        'type': 'nbd', 'id': f'export-{node}', 'node-name': node, 'name': node
+        'type': 'nbd', 'id': f'export-{node}', 'node-name': node, 'name': node,
+        'writable': writable
     })
     return f'nbd+unix:///{node}?socket={sock}'
 
