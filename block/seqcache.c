@@ -553,8 +553,12 @@ seqcache_co_write_out(BlockDriverState *bs, int64_t offset, int64_t bytes)
 static void coroutine_fn GRAPH_RDLOCK
 seqcache_co_end_direct(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
-    /* What cannot be written stays cached, and so comes after the request */
-    seqcache_co_write_out(bs, offset, bytes);
+    BDRVSeqCacheState *s = bs->opaque;
+
+    if (seqcache_co_write_out(bs, offset, bytes) < 0) {
+        /* What cannot be written stays cached, and comes after the request */
+        wb_drop_written(bs, s->write_behind, offset, bytes);
+    }
 }
 
 static int coroutine_fn GRAPH_RDLOCK

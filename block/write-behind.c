@@ -708,6 +708,16 @@ int coroutine_fn wb_co_write_out(BlockDriverState *bs, WriteBehind *wb,
     return wb_co_flush_locked(bs, wb, offset, bytes);
 }
 
+void coroutine_fn wb_drop_written(BlockDriverState *bs, WriteBehind *wb,
+                                  int64_t offset, int64_t bytes)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    seqcache_drop_written(wb->cache, offset, bytes, wb_limits(bs, wb).align);
+    /* There may be room now */
+    qemu_co_queue_restart_all(&wb->waiters);
+}
+
 void coroutine_fn wb_co_discard(BlockDriverState *bs, WriteBehind *wb,
                                 int64_t offset, int64_t bytes)
 {

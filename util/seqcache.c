@@ -860,6 +860,34 @@ bool seqcache_discard(SeqCache *s, int64_t offset, int64_t bytes)
     return in_flight;
 }
 
+void seqcache_drop_written(SeqCache *s, int64_t offset, int64_t bytes,
+                           int64_t align)
+{
+    int64_t first = offset >> s->cluster_bits;
+    int64_t count;
+    GHashTableIter iter;
+    gpointer key;
+
+    seqcache_finish(s, offset, bytes);
+    if (!bytes) {
+        return;
+    }
+
+    count = clusters_in_range(s, offset, bytes);
+    g_hash_table_iter_init(&iter, s->clusters);
+    while (g_hash_table_iter_next(&iter, &key, NULL)) {
+        SeqCluster *c = key;
+
+        if (c->index >= first && c->index - first < count && !c->doomed) {
+            /* There is more of the run: it is finished, but still cached */
+            uint32_t begin = pending_begin(c, align);
+
+            s->bytes_cached -= begin - c->begin;
+            c->begin = begin;
+        }
+    }
+}
+
 bool seqcache_discard_cluster(SeqCache *s, int64_t offset)
 {
     return seqcache_discard(s, offset, 1);

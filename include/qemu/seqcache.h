@@ -350,6 +350,21 @@ int64_t seqcache_next_flush_bytes(SeqCache *s, const SeqCacheLimits *limits);
 void seqcache_complete(SeqCache *s, SeqCacheRequest *req, bool success);
 
 /**
+ * seqcache_drop_written:
+ * @s: the cache.
+ * @offset: start of a range.
+ * @bytes: size of the range.
+ * @align: as in SeqCacheLimits, for the requests that follow.
+ *
+ * Finish all unfinished clusters that the range touches, as seqcache_finish()
+ * does, and drop what was written out of all clusters that it touches, except
+ * what the next request begins with for the sake of @align.  For use when
+ * somebody else may have written there meanwhile.
+ */
+void seqcache_drop_written(SeqCache *s, int64_t offset, int64_t bytes,
+                           int64_t align);
+
+/**
  * seqcache_discard_cluster:
  * @s: the cache.
  * @offset: any offset inside the cluster.

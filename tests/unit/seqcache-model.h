@@ -363,25 +363,31 @@ static void model_read(Model *m)
     g_assert_cmpint(seqcache_gap(m->s, m->base + begin, bytes), ==, gap);
 }
 
+/* Where the block begins that the first byte to be written is in */
+static int model_keep_begin(Model *m, ModelCluster *c, int64_t align)
+{
+    int dirty = model_first_dirty(m, c);
+
+    while (dirty > c->begin && (m->base + dirty) % align) {
+        dirty--;
+    }
+    return dirty;
+}
+
 /* Where the bytes of a cluster that can be handed out begin, or -1 */
 static int model_pending_begin(Model *m, ModelCluster *c, bool unfinished,
                                int64_t align)
 {
     int end = c->unfinished ? c->wanted_end : c->end;
-    int dirty;
 
     if (!c->cached || c->doomed || c->in_flight ||
         (c->unfinished && !unfinished)) {
         return -1;
     }
-    dirty = model_first_dirty(m, c);
-    if (dirty >= end) {
+    if (model_first_dirty(m, c) >= end) {
         return -1;
     }
-    while (dirty > c->begin && (m->base + dirty) % align) {
-        dirty--;
-    }
-    return dirty;
+    return model_keep_begin(m, c, align);
 }
 
 static int model_padded_end(Model *m, ModelCluster *c, int64_t align)
@@ -647,12 +653,27 @@ static void model_finish_range(Model *m)
 {
     int begin = model_choose(m, m->limit);
     int bytes = model_choose_bytes(m, begin);
+    int64_t align = model_choose(m, 2) ? 1 << model_choose(m, 13) : 0;
     int i;
 
-    seqcache_finish(m->s, m->base + begin, bytes);
+    /* With @align, what was written out is dropped as well */
+    if (align) {
+        seqcache_drop_written(m->s, m->base + begin, bytes, align);
+    } else {
+        seqcache_finish(m->s, m->base + begin, bytes);
+    }
     for (i = begin / m->cs; bytes && i <= (begin + bytes - 1) / m->cs; i++) {
-        if (m->clusters[i].cached && m->clusters[i].unfinished) {
-            model_finish(m, &m->clusters[i]);
+        ModelCluster *c = &m->clusters[i];
+
+        if (c->cached && c->unfinished) {
+            model_finish(m, c);
+        }
+        if (align && c->cached && !c->doomed) {
+            int keep = model_keep_begin(m, c, align);
+
+            while (c->begin < keep) {
+                m->cached[c->begin++] = false;
+            }
         }
     }
 }

@@ -295,6 +295,42 @@ static void test_overlap(void)
     }
 }
 
+/*
+ * The same, and more is cached that cannot be written: what was written
+ * meanwhile is what the disk has made of it
+ */
+static void test_overlap_error(void)
+{
+    SeqCacheTest *t = new_test(512);
+    TestWrite *direct;
+    uint8_t before[2048], after[2048];
+
+    t->disk->overlap = true;
+    write_ok(t, 3072, 512);
+    disk_set_hold(t->disk, true);
+    direct = write_start(t, qemu_get_aio_context(), 4096, 1024, BDRV_REQ_FUA);
+    settle();
+    g_assert_cmpuint(t->disk->nb_held, ==, 1);
+    WITH_QEMU_LOCK_GUARD(&t->disk->lock) {
+        t->disk->hold = false;
+    }
+    write_ok(t, 3584, 1024);
+    flush_ok(t);
+    write_ok(t, 4608, 1024);
+    disk_set_error(t->disk, ENOSPC);
+    g_assert(!write_is_done(direct));
+
+    disk_set_hold(t->disk, false);
+    write_finish(direct);
+    g_assert_cmpint(blk_pread(t->blk, 3584, 2048, before, 0), ==, 0);
+    disk_set_error(t->disk, 0);
+    flush_ok(t);
+    g_assert_cmpint(blk_pread(t->blk, 3584, 2048, after, 0), ==, 0);
+    g_assert_cmpmem(before, 2048, after, 2048);
+    g_assert_cmpmem(after, 512, t->shadow + 3584, 512);
+    seqcache_test_free(t);
+}
+
 static void test_fua(void)
 {
     int no_flags;
@@ -782,6 +818,7 @@ int main(int argc, char **argv)
     ADD("write/streams-fill-cache", test_streams_fill_cache);
     ADD("write/overwrite", test_overwrite);
     ADD("write/overlap", test_overlap);
+    ADD("write/overlap-error", test_overlap_error);
     ADD("write/fua", test_fua);
     ADD("read", test_read);
     ADD("zero", test_zero);

@@ -799,6 +799,44 @@ static void test_discard_of_written_open_run(void)
     seqcache_free(s);
 }
 
+static void test_drop_written(void)
+{
+    SeqCache *s = cache_new(4, false);
+    SeqCacheStats stats;
+    uint64_t point;
+
+    /* All of it was written; a part; a part, up to the middle of a block */
+    put(s, 0, 100);
+    put(s, CLUSTER, 1024);
+    put(s, 2 * CLUSTER, 1000);
+    seqcache_flush_point(s);
+    take_and_complete(s, true, 0, 100);
+    take_and_complete(s, true, CLUSTER, 1024);
+    take_and_complete(s, true, 2 * CLUSTER, 1000);
+    put(s, CLUSTER + 1024, 100);
+    put(s, 2 * CLUSTER + 1000, 100);
+    put(s, 3 * CLUSTER, 100);
+
+    seqcache_drop_written(s, 2 * CLUSTER, 0, 512);
+    expect_clusters(s, 4, 4);
+    seqcache_drop_written(s, 99, 2 * CLUSTER, 512);
+    expect_clusters(s, 3, 1);
+    g_assert_cmpint(seqcache_gap(s, 0, INT64_MAX), ==, CLUSTER + 1024);
+    expect_read(s, CLUSTER + 1024, 100);
+    expect_read(s, 2 * CLUSTER + 511, 0);
+    expect_read(s, 2 * CLUSTER + 512, 588);
+    seqcache_get_stats(s, &stats);
+    g_assert_cmpint(stats.bytes_cached, ==, 100 + 588 + 100);
+    g_assert_cmpint(stats.bytes_finished, ==, 100 + 100);
+
+    point = seqcache_flush_point(s);
+    take_and_complete(s, true, CLUSTER + 1024, 100);
+    take_and_complete(s, true, 2 * CLUSTER + 512, 588);
+    take_and_complete(s, true, 3 * CLUSTER, 100);
+    g_assert_true(seqcache_is_flushed(s, point));
+    seqcache_free(s);
+}
+
 static void test_discard_in_flight(void)
 {
     SeqCache *s = cache_new(1, false);
@@ -1177,6 +1215,7 @@ int main(int argc, char **argv)
     TEST("padding/counts-for-limits", test_padding_counts_for_limits);
     TEST("discard/drops", test_discard_drops);
     TEST("discard/written-open-run", test_discard_of_written_open_run);
+    TEST("discard/drop-written", test_drop_written);
     TEST("discard/in-flight", test_discard_in_flight);
     TEST("discard/in-flight-does-not-hold-up-flush",
          test_discarded_in_flight_does_not_hold_up_flush);
