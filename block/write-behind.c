@@ -11,11 +11,12 @@
  *
  * Workers are background coroutines that write while the users of the node do
  * something else.  wb_accept() starts one as soon as there is a request worth
- * writing: a full one, or any when half of the cache is waiting.  A worker
- * takes the graph lock first and data from the cache after that, so whatever is
- * in flight never waits for the graph lock.  Workers count as in-flight
- * requests of the node; a drain waits for them, and they end when nothing is
- * worth writing any more.  None is started while the node is drained.
+ * writing: a full one, or any when half of the cache is waiting.  Workers
+ * count as in-flight requests of the node; a drain waits for them, and they end
+ * when nothing is worth writing any more.  None is started while the node is
+ * drained.  Who changes the graph may drain the node while it holds the graph
+ * lock, so a worker never waits for that lock: if it cannot have it at once, it
+ * ends without having taken anything from the cache.
  *
  * Waiters are callers that need room in the cache (wb_co_reserve()) or that
  * need data to be on the child (wb_co_flush()).  They hold the graph lock
@@ -328,16 +329,11 @@ wb_start_worker_locked(BlockDriverState *bs, WriteBehind *wb)
                  qemu_coroutine_create(wb_co_worker, wb));
 }
 
-static void coroutine_fn wb_co_worker(void *opaque)
+/* Write as long as something is worth it.  Called with wb->lock held. */
+static void coroutine_fn GRAPH_RDLOCK
+wb_co_work_locked(BlockDriverState *bs, WriteBehind *wb)
 {
-    WriteBehind *wb = opaque;
-    BlockDriverState *bs = wb->bs;
     SeqCacheRequest *req;
-    bool last;
-
-    bdrv_graph_co_rdlock();
-    qemu_mutex_lock(&wb->lock);
-    wb->worker_starting = false;
 
     while (!wb->freed && !wb->error &&
            (req = wb_next_request_locked(bs, wb)) != NULL) {
@@ -345,11 +341,23 @@ static void coroutine_fn wb_co_worker(void *opaque)
         wb_start_worker_locked(bs, wb);
         wb_co_write_locked(bs, wb, req);
     }
+}
 
+static void coroutine_fn wb_co_worker(void *opaque)
+{
+    WriteBehind *wb = opaque;
+    BlockDriverState *bs = wb->bs;
+    bool last;
+
+    qemu_mutex_lock(&wb->lock);
+    wb->worker_starting = false;
+    if (bdrv_graph_co_try_rdlock()) {
+        wb_co_work_locked(bs, wb);
+        bdrv_graph_co_rdunlock();
+    }
     wb->nb_workers--;
     last = wb->freed && !wb->nb_workers;
     qemu_mutex_unlock(&wb->lock);
-    bdrv_graph_co_rdunlock();
 
     if (last) {
         wb_destroy(wb);
@@ -666,7 +674,9 @@ wb_co_flush_locked(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
     int ret = 0;
 
     wb->nb_flushing++;
-    wb_start_worker_locked(bs, wb);
+    if (!seqcache_is_flushed(wb->cache, point)) {
+        wb_start_worker_locked(bs, wb);
+    }
 
     while (!seqcache_is_flushed(wb->cache, point) &&
            (!bytes || seqcache_gap(wb->cache, offset, bytes) < bytes)) {

@@ -2443,6 +2443,63 @@ static void test_graph_change(void)
     test_free(t);
 }
 
+typedef struct WriterTest {
+    TestOp op;
+    bool pending; /* a worker was created, but did not begin */
+    bool writer;  /* there is a writer of the graph now */
+} WriterTest;
+
+static int coroutine_fn op_append_until_writer(TestOp *op)
+{
+    WriterTest *w = container_of(op, WriterTest, op);
+    int ret = op_append(op);
+
+    qatomic_set(&w->pending, true);
+    while (!qatomic_read(&w->writer)) {
+        g_usleep(1000);
+    }
+    return ret;
+}
+
+/* A writer of the graph can drain the node, though a worker begins just then */
+static void test_graph_worker(void)
+{
+    Test *t = test_new(&(TestConfig) {
+        .cluster_size = 4096,
+        .cache_size = 4 * 4096,
+    });
+    IOThread *iothread = iothread_new();
+    WriterTest w = {
+        .op = { .t = t, .fn = op_append_until_writer, .bytes = 2 * 4096 },
+    };
+    unsigned in_flight;
+
+    op_start_in(&w.op, iothread_get_aio_context(iothread));
+    while (!qatomic_read(&w.pending)) {
+        g_usleep(1000);
+    }
+    assert_no_writes(t->disk);
+    g_assert_cmpuint(qatomic_read(&t->bs->in_flight), >, 0);
+
+    bdrv_graph_wrlock();
+    qatomic_set(&w.writer, true);
+    for (int i = 0; i < 3000; i++) {
+        in_flight = qatomic_read(&t->bs->in_flight);
+        if (!in_flight) {
+            break;
+        }
+        g_usleep(10000);
+    }
+    bdrv_graph_wrunlock();
+    g_assert_cmpuint(in_flight, ==, 0);
+
+    ops_finish(&w.op, 1, 0);
+    flush_ok(t);
+    assert_on_disk(t, 0, DISK_SIZE);
+    test_free(t);
+    iothread_join(iothread);
+}
+
 /*
  * Fill a range from its start to its end, and check it on the way.  Nobody else
  * uses the range.
@@ -2866,7 +2923,8 @@ int main(int argc, char **argv)
     ADD("stats", test_stats);
     ADD("free/pending-worker", test_free_pending);
     ADD("free/after-error", test_close_error);
-    ADD("graph-change", test_graph_change);
+    ADD("graph-change/waiters", test_graph_change);
+    ADD("graph-change/worker", test_graph_worker);
     ADD("iothreads/concurrent", test_iothreads);
     ADD("iothreads/move", test_iothreads_move);
     ADD("iothreads/graph-change", test_iothreads_graph);
