@@ -246,7 +246,7 @@ static void cacheextents_make_room_locked(BDRVCacheExtentsState *s,
                                           uint64_t start, uint64_t last,
                                           uint64_t nb)
 {
-    CachedExtent *e;
+    CachedExtent *e, *next;
 
     while ((e = cacheextents_first_locked(s, start, last))) {
         if (e->last >= start && e->last <= last) {
@@ -264,6 +264,11 @@ static void cacheextents_make_room_locked(BDRVCacheExtentsState *s,
     }
     while (s->nb_extents + nb > s->max_extents) {
         e = cacheextents_first_locked(s, 0, UINT64_MAX);
+        next = cacheextents_at_locked(s, e->last + 1);
+        if (next && next->flags == e->flags) {
+            /* They can be one extent of the child */
+            next->open_start = true;
+        }
         cacheextents_drop_locked(s, e);
     }
 }

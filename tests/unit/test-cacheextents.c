@@ -654,6 +654,25 @@ static void test_change_before_question(void)
     test_free(t);
 }
 
+/*
+ * A change in a part of the child's extent that is not remembered any more
+ */
+static void test_change_of_evicted_part(void)
+{
+    Test *t = test_new(&(DiskConfig) {
+        .len = 64 * BLOCK, .grain = 4 * BLOCK, .reach = 2 * BLOCK
+    }, 2);
+
+    for (int i = 0; i < 6; i += 2) {
+        g_assert_cmpint(status(t, i * BLOCK), ==, ZERO);
+    }
+    g_assert_cmpuint(test_stats(t).extents, ==, 2);
+    change_ok(t, OP_WRITE, 0, 512);
+    g_assert_cmpint(status(t, 2 * BLOCK), ==, DATA);
+    g_assert_cmpint(status(t, 4 * BLOCK), ==, ZERO);
+    test_free(t);
+}
+
 /* More changes than are noted: nothing is kept, and nothing is wrong */
 static void test_many_changes(void)
 {
@@ -1021,6 +1040,7 @@ int main(int argc, char **argv)
     ADD("shared-question", shared_question);
     ADD("shared-question-and-change", shared_question_and_change);
     ADD("change-before-question", change_before_question);
+    ADD("change-of-evicted-part", change_of_evicted_part);
     ADD("many-changes", many_changes);
     ADD("reconnect", reconnect);
     ADD("replaced-child", replaced_child);
