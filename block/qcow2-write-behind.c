@@ -288,7 +288,14 @@ void qcow2_free_ejected(BlockDriverState *bs)
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
     /* An image can be found to be corrupt while it is being opened */
-    if (!s || !s->write_behind) {
+    if (!s) {
+        return;
+    }
+    if (s->cache_clean_timer) {
+        timer_free(s->cache_clean_timer);
+        s->cache_clean_timer = NULL;
+    }
+    if (!s->write_behind) {
         return;
     }
     if (wb_is_dirty(s->write_behind)) {

@@ -121,10 +121,11 @@ qcow2_co_read_cached(BlockDriverState *bs, uint64_t l2_entry, uint8_t **buf);
 /**
  * qcow2_free_ejected:
  * @bs: the node; its image was found to be corrupt, so that it has no driver
- *      any more, and it is being closed.
+ *      any more, and it is drained.
  *
- * Free the cache.  Its data is lost, which is reported.  Called in the main
- * thread, without the graph lock.
+ * Free the cache, whose data is lost, which is reported; and the timer that
+ * shrinks the caches for metadata.  Called in the main thread, without the
+ * graph lock.
  */
 void qcow2_free_ejected(BlockDriverState *bs);
 
