@@ -882,8 +882,11 @@ void seqcache_drop_written(SeqCache *s, int64_t offset, int64_t bytes,
             /* There is more of the run: it is finished, but still cached */
             uint32_t begin = pending_begin(c, align);
 
-            s->bytes_cached -= begin - c->begin;
-            c->begin = begin;
+            if (begin != c->begin) {
+                s->bytes_cached -= begin - c->begin;
+                c->begin = begin;
+                s->ahead.first = NULL;
+            }
         }
     }
 }
