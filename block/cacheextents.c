@@ -731,19 +731,15 @@ cacheextents_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     return ret;
 }
 
+/* No question is under way whose answer would be kept */
 static void cacheextents_forget(BlockDriverState *bs)
 {
     BDRVCacheExtentsState *s = bs->opaque;
-    CacheExtentsQuestion *q;
 
     QEMU_LOCK_GUARD(&s->lock);
 
     trace_cacheextents_forget(bs, s->nb_extents);
     cacheextents_forget_locked(s);
-    QLIST_FOREACH(q, &s->questions, next) {
-        /* What its answer says may be older */
-        g_clear_pointer(&q->changed, g_array_unref);
-    }
 }
 
 static int GRAPH_RDLOCK cacheextents_inactivate(BlockDriverState *bs)

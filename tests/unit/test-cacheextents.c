@@ -792,6 +792,7 @@ static void test_reopen_abort(void)
 static void test_inactive(void)
 {
     Test *t = new_striped(&plain, 0);
+    Op *question;
 
     map(t);
     blk_unref(t->blk);
@@ -802,10 +803,18 @@ static void test_inactive(void)
     status(t, BLOCK);
     status(t, BLOCK);
     g_assert_cmpuint(t->disk->nb_questions, ==, 3);
+
+    /* Nor is an answer remembered that is under way when this changes */
+    disk_hold(t->disk, HOLD_AFTER, HOLD_NEVER);
+    question = op_start(t, OP_STATUS, BLOCK, 512);
+    wait_held(t, 1);
     disk_set(t->disk, 0, BLOCK, ZERO);
     bdrv_graph_rdlock_main_loop();
     bdrv_activate(t->bs, &error_abort);
     bdrv_graph_rdunlock_main_loop();
+    disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
+    op_finish(question);
+    g_assert_cmpuint(test_stats(t).extents, ==, 0);
     g_assert_cmpint(status(t, 0), ==, ZERO);
     g_assert_cmpuint(map(t), ==, 0);
     test_free(t);
