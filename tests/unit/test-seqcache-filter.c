@@ -253,6 +253,26 @@ static void test_overwrite(void)
     seqcache_test_free(t);
 }
 
+/* Something is cached, and a request to [4096, 5120) waits in the disk alone */
+static TestWrite *overlap_start(SeqCacheTest *t, BdrvRequestFlags flags)
+{
+    TestWrite *direct;
+
+    t->disk->overlap = true;
+    write_ok(t, 3072, 512);
+    disk_set_hold(t->disk, true);
+    direct = write_start(t, qemu_get_aio_context(), 4096, 1024, flags);
+    if (flags == BDRV_REQ_ZERO_WRITE) {
+        memset(direct->buf, 0, 1024);
+    }
+    settle();
+    g_assert_cmpuint(t->disk->nb_held, ==, 1);
+    WITH_QEMU_LOCK_GUARD(&t->disk->lock) {
+        t->disk->hold = false;
+    }
+    return direct;
+}
+
 /*
  * A request goes straight to the disk; meanwhile some of its range is written
  * into the cache and from there to the disk, before the request gets there
@@ -265,20 +285,7 @@ static void test_overlap(void)
 
     for (int i = 0; i < ARRAY_SIZE(flags); i++) {
         SeqCacheTest *t = new_test(512);
-        TestWrite *direct;
-
-        t->disk->overlap = true;
-        write_ok(t, 3072, 512);
-        disk_set_hold(t->disk, true);
-        direct = write_start(t, qemu_get_aio_context(), 4096, 1024, flags[i]);
-        if (flags[i] == BDRV_REQ_ZERO_WRITE) {
-            memset(direct->buf, 0, 1024);
-        }
-        settle();
-        g_assert_cmpuint(t->disk->nb_held, ==, 1);
-        WITH_QEMU_LOCK_GUARD(&t->disk->lock) {
-            t->disk->hold = false;
-        }
+        TestWrite *direct = overlap_start(t, flags[i]);
 
         disk_reset_counts(t->disk);
         write_ok(t, 3584, 1024);
@@ -302,18 +309,9 @@ static void test_overlap(void)
 static void test_overlap_error(void)
 {
     SeqCacheTest *t = new_test(512);
-    TestWrite *direct;
+    TestWrite *direct = overlap_start(t, BDRV_REQ_FUA);
     uint8_t before[2048], after[2048];
 
-    t->disk->overlap = true;
-    write_ok(t, 3072, 512);
-    disk_set_hold(t->disk, true);
-    direct = write_start(t, qemu_get_aio_context(), 4096, 1024, BDRV_REQ_FUA);
-    settle();
-    g_assert_cmpuint(t->disk->nb_held, ==, 1);
-    WITH_QEMU_LOCK_GUARD(&t->disk->lock) {
-        t->disk->hold = false;
-    }
     write_ok(t, 3584, 1024);
     flush_ok(t);
     write_ok(t, 4608, 1024);
