@@ -18,7 +18,9 @@
  *   When it begins and when it ends, all extents that it touches are dropped as
  *   a whole: a server may allocate more than what was written.  A question that
  *   is in flight at any moment of the request notes its range, and drops that
- *   of its answer which the range touches (CacheExtentsQuestion);
+ *   of its answer which the range touches (CacheExtentsQuestion).  If a later
+ *   answer was kept before its own, which may know of the request what it does
+ *   not, it keeps nothing;
  * - if anything else can have changed the child, its epoch is another one, and
  *   everything is dropped (cacheextents_check_epoch_locked()).
  *
@@ -76,6 +78,8 @@ typedef struct CacheExtentsQuestion {
     int64_t start;
     /* Of all changes that were active since it was asked; NULL: do not keep */
     GArray *changed;
+    /* Since it was asked, another answer was kept */
+    bool overtaken;
     /* Coroutines that hope for its answer */
     CoQueue waiters;
     QLIST_ENTRY(CacheExtentsQuestion) next;
@@ -478,6 +482,7 @@ cacheextents_co_learn_locked(BlockDriverState *bs, int64_t start,
         .start = start,
         .changed = g_array_new(false, false, sizeof(Range)),
     };
+    CacheExtentsQuestion *other;
     CacheExtentsChange *change;
     unsigned epoch = s->epoch;
     int64_t block = s->block;
@@ -497,8 +502,13 @@ cacheextents_co_learn_locked(BlockDriverState *bs, int64_t start,
     QLIST_REMOVE(&q, next);
     s->nb_questions += ret != -ENOTSUP;
     cacheextents_check_epoch_locked(bs);
-    if (ret >= 0 && (*answer)->len && q.changed && s->epoch == epoch) {
+    if (ret >= 0 && (*answer)->len && s->epoch == epoch &&
+        q.changed && !(q.overtaken && q.changed->len))
+    {
         cacheextents_keep_locked(s, start, *answer);
+        QLIST_FOREACH(other, &s->questions, next) {
+            other->overtaken = true;
+        }
         for (guint i = 0; i < q.changed->len; i++) {
             cacheextents_invalidate_locked(s, &g_array_index(q.changed, Range,
                                                              i));

@@ -673,6 +673,32 @@ static void test_change_of_evicted_part(void)
     test_free(t);
 }
 
+/*
+ * What is known beyond the end of an answer is newer than the answer: it does
+ * not say that the extent ended there before the change.
+ */
+static void test_overtaken_by_answer(void)
+{
+    Test *t = test_new(&(DiskConfig) { .len = 10 * BLOCK + 512,
+                                       .grain = BLOCK }, 0);
+    Op *question;
+
+    disk_hold(t->disk, HOLD_AFTER, HOLD_NEVER);
+    question = op_start(t, OP_STATUS, 5 * BLOCK, 512);
+    wait_held(t, 1);
+    /* Makes the last block data, then is asked for while the other one waits */
+    change_ok(t, OP_TRUNCATE, 12 * BLOCK, 0);
+    t->disk->hold_questions = HOLD_NEVER;
+    g_assert_cmpint(status(t, 0), ==, ZERO);
+    t->disk->hold_questions = HOLD_AFTER;
+    disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
+    g_assert_cmpint(op_finish(question), ==, ZERO);
+
+    g_assert_cmpint(status(t, 10 * BLOCK), ==, DATA);
+    g_assert_cmpuint(t->disk->nb_questions, ==, 2);
+    test_free(t);
+}
+
 /* More changes than are noted: nothing is kept, and nothing is wrong */
 static void test_many_changes(void)
 {
@@ -1050,6 +1076,7 @@ int main(int argc, char **argv)
     ADD("shared-question-and-change", shared_question_and_change);
     ADD("change-before-question", change_before_question);
     ADD("change-of-evicted-part", change_of_evicted_part);
+    ADD("overtaken-by-answer", overtaken_by_answer);
     ADD("many-changes", many_changes);
     ADD("reconnect", reconnect);
     ADD("replaced-child", replaced_child);
