@@ -52,6 +52,12 @@
 #define DEFAULT_MAX_EXTENTS 65536
 #define LARGEST_MAX_EXTENTS (16 * 1024 * 1024)
 
+/*
+ * A block that has several statuses.  It is data for all who ask, but is part of
+ * the child's extents on both sides of it.
+ */
+#define CACHED_MIXED (1 << 30)
+
 /* A question that overlaps with more changes than this keeps nothing */
 #define MAX_NOTED_CHANGES 1024
 
@@ -189,34 +195,65 @@ static CachedExtent *cacheextents_at_locked(BDRVCacheExtentsState *s,
     return e && offset <= e->last ? e : NULL;
 }
 
-/* Drop the extent at @offset if it has these flags.  s->lock is held. */
-static void cacheextents_drop_twin_locked(BDRVCacheExtentsState *s,
-                                          uint64_t offset, int flags)
+/*
+ * Whether a change of something with these flags can change what is beside it.
+ * (What is data because it is mixed stays data.)
+ */
+static bool cacheextents_can_be_one(int flags, int neighbour)
+{
+    return !(neighbour & CACHED_MIXED) &&
+           (flags == neighbour || flags & CACHED_MIXED);
+}
+
+/*
+ * What is known before @offset, with these flags, is going to be forgotten.
+ * Called with s->lock held.
+ */
+static void cacheextents_open_start_locked(BDRVCacheExtentsState *s,
+                                           uint64_t offset, int flags)
 {
     CachedExtent *e = cacheextents_at_locked(s, offset);
 
-    if (e && e->flags == flags) {
-        s->invalidations++;
-        cacheextents_drop_locked(s, e);
+    if (e && cacheextents_can_be_one(flags, e->flags)) {
+        e->open_start = true;
     }
 }
 
 /*
- * The child's extent changes.  Where answers have cut it into several, the
- * neighbours have the same status.  Called with s->lock held.
+ * The child's extent changes.  Answers can have cut it into any number of
+ * extents, and what is between them need not be known.  Drop them all.  Called
+ * with s->lock held.
  */
 static void cacheextents_drop_whole_locked(BDRVCacheExtentsState *s,
                                            CachedExtent *e)
 {
     uint64_t start = e->node.start;
     uint64_t last = e->last;
-    int flags = e->flags;
+    bool open_end = e->last != e->node.last;
+    int flags_before = e->flags;
+    int flags_after = e->flags;
 
     s->invalidations++;
     cacheextents_drop_locked(s, e);
-    cacheextents_drop_twin_locked(s, last + 1, flags);
-    if (start) {
-        cacheextents_drop_twin_locked(s, start - 1, flags);
+
+    while ((e = cacheextents_first_locked(s, last + 1, UINT64_MAX)) &&
+           (e->node.start == last + 1 || open_end || e->open_start) &&
+           cacheextents_can_be_one(flags_after, e->flags))
+    {
+        flags_after = e->flags;
+        last = e->last;
+        open_end = e->last != e->node.last;
+        s->invalidations++;
+        cacheextents_drop_locked(s, e);
+    }
+
+    while (start && (e = cacheextents_first_locked(s, start - 1, start - 1)) &&
+           cacheextents_can_be_one(flags_before, e->flags))
+    {
+        flags_before = e->flags;
+        start = e->node.start;
+        s->invalidations++;
+        cacheextents_drop_locked(s, e);
     }
 }
 
@@ -250,15 +287,19 @@ static void cacheextents_make_room_locked(BDRVCacheExtentsState *s,
                                           uint64_t start, uint64_t last,
                                           uint64_t nb)
 {
-    CachedExtent *e, *next;
+    CachedExtent *e;
 
     while ((e = cacheextents_first_locked(s, start, last))) {
-        if (e->last >= start && e->last <= last) {
+        if (e->node.start >= start && e->last <= last) {
             cacheextents_drop_locked(s, e);
             continue;
         }
         interval_tree_remove(&e->node, &s->extents);
-        if (e->last < start) {
+        if (e->node.start < start) {
+            if (e->last > last) {
+                cacheextents_open_start_locked(s, e->last + 1, e->flags);
+            }
+            e->last = MIN(e->last, start - 1);
             e->node.last = start - 1;
         } else {
             e->node.start = last + 1;
@@ -268,11 +309,7 @@ static void cacheextents_make_room_locked(BDRVCacheExtentsState *s,
     }
     while (s->nb_extents + nb > s->max_extents) {
         e = cacheextents_first_locked(s, 0, UINT64_MAX);
-        next = cacheextents_at_locked(s, e->last + 1);
-        if (next && next->flags == e->flags) {
-            /* They can be one extent of the child */
-            next->open_start = true;
-        }
+        cacheextents_open_start_locked(s, e->last + 1, e->flags);
         cacheextents_drop_locked(s, e);
     }
 }
@@ -306,7 +343,7 @@ static void cacheextents_keep_locked(BDRVCacheExtentsState *s, int64_t start,
         e = g_new(CachedExtent, 1);
         e->last = start + extent->bytes - 1;
         e->node.start = start;
-        e->node.last = i == answer->len - 1 ? limit : e->last;
+        e->node.last = i == nb - 1 ? limit : e->last;
         e->flags = extent->flags;
         e->open_start = i == 0 && open_start;
         interval_tree_insert(&e->node, &s->extents);
@@ -433,8 +470,8 @@ static GArray *cacheextents_whole_blocks(const GArray *answer, int64_t start,
             done = whole;
         }
         if (pos > done && (i < answer->len || done == start)) {
-            append_extent(result, block,
-                          BDRV_BLOCK_DATA | (flags & BDRV_BLOCK_OFFSET_VALID));
+            append_extent(result, block, BDRV_BLOCK_DATA | CACHED_MIXED |
+                          (flags & BDRV_BLOCK_OFFSET_VALID));
             done += block;
         }
     }
@@ -535,7 +572,7 @@ static int cacheextents_find_locked(BDRVCacheExtentsState *s, int64_t offset,
     }
     s->hits++;
     *pnum = e->last + 1 - offset;
-    return e->flags;
+    return e->flags & ~CACHED_MIXED;
 }
 
 /* As cacheextents_find_locked(), in an answer that begins at @start */
@@ -549,7 +586,7 @@ static int cacheextents_find_in(const GArray *answer, int64_t start,
         start += extent->bytes;
         if (offset < start) {
             *pnum = start - offset;
-            return extent->flags;
+            return extent->flags & ~CACHED_MIXED;
         }
     }
     return -ENOENT;

@@ -21,6 +21,7 @@
 #include "cacheextents-disk.h"
 
 #define NB_USERS 12
+#define NB_CASES 10
 
 static unsigned seed;
 static unsigned nb_ops = 60000;
@@ -304,7 +305,8 @@ static void test_reach(void)
     /* This makes the first sector of the next answer data, too */
     change_ok(t, OP_WRITE, 16 * BLOCK - 1024, 512);
     g_assert_cmpint(status(t, 16 * BLOCK - 512), ==, DATA);
-    g_assert_cmpuint(map(t), ==, 1);
+    /* (It was all one extent) */
+    g_assert_cmpuint(map(t), ==, 4);
     test_free(t);
 
     /* And this makes the last blocks of the first answer data */
@@ -334,6 +336,82 @@ static void test_reach(void)
     status(t, 0);
     status(t, 20 * BLOCK);
     g_assert_cmpuint(t->disk->nb_questions, ==, 2);
+    test_free(t);
+}
+
+/*
+ * An extent of the disk that answers have cut into parts: a change in any of
+ * them changes all, now or later.
+ */
+static void test_parts(void)
+{
+    static const DiskConfig config = {
+        .len = 64 * BLOCK, .grain = BLOCK, .reach = 16 * BLOCK - 512
+    };
+    Op *question;
+    Test *t;
+
+    /* The second change is where the first one has left nothing */
+    t = test_new(&config, 0);
+    map(t);
+    change_ok(t, OP_WRITE, BLOCK, 512);
+    change_ok(t, OP_WRITE, 31 * BLOCK, 512);
+    g_assert_cmpint(status(t, 32 * BLOCK - 1024), ==, DATA);
+    test_free(t);
+
+    t = test_new(&config, 0);
+    map(t);
+    change_ok(t, OP_WRITE, 40 * BLOCK, 512);
+    change_ok(t, OP_WRITE, 16 * BLOCK - 512, 512);
+    g_assert_cmpint(status(t, 15 * BLOCK), ==, DATA);
+    test_free(t);
+
+    /* A block in four parts */
+    t = test_new(&(DiskConfig) { .len = 64 * BLOCK, .grain = BLOCK,
+                                 .reach = BLOCK / 4 }, 0);
+    map(t);
+    change_ok(t, OP_WRITE, 0, 512);
+    g_assert_cmpint(status(t, 3 * BLOCK / 4), ==, DATA);
+    test_free(t);
+
+    /* A sector between two parts is not known */
+    t = test_new(&(DiskConfig) { .len = 64 * BLOCK, .grain = BLOCK,
+                                 .reach = 16 * BLOCK - 1024 }, 0);
+    status(t, 0);
+    status(t, 16 * BLOCK - 512);
+    change_ok(t, OP_WRITE, 16 * BLOCK - 512, 512);
+    g_assert_cmpint(status(t, 15 * BLOCK), ==, DATA);
+    test_free(t);
+
+    /* One answer begins inside of a part, of which the beginning is kept */
+    t = test_new(&config, 0);
+    status(t, 0);
+    disk_hold(t->disk, HOLD_AFTER, HOLD_NEVER);
+    question = op_start(t, OP_STATUS, 20 * BLOCK, 512);
+    wait_held(t, 1);
+    t->disk->hold_questions = HOLD_NEVER;
+    status(t, 16 * BLOCK - 512);
+    t->disk->hold_questions = HOLD_AFTER;
+    disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
+    op_finish(question);
+    g_assert_cmpuint(test_stats(t).extents, ==, 3);
+    change_ok(t, OP_WRITE, 16 * BLOCK - 512, 512);
+    g_assert_cmpint(status(t, 15 * BLOCK), ==, DATA);
+    test_free(t);
+}
+
+/* A change in a block of two extents, one of which goes on behind it */
+static void test_change_of_mixed_block(void)
+{
+    Test *t = test_new(&(DiskConfig) { .len = 64 * 6144, .grain = 6144,
+                                       .align = 4096 }, 0);
+
+    disk_set(t->disk, 2 * 6144, 6144, DATA);
+    g_assert_cmpint(status(t, 16384), ==, DATA);
+    g_assert_cmpint(status(t, 20480), ==, ZERO);
+    g_assert_cmpuint(t->disk->nb_questions, ==, 1);
+    change_ok(t, OP_WRITE, 16384, 4096);
+    g_assert_cmpint(status(t, 20480), ==, DATA);
     test_free(t);
 }
 
@@ -963,7 +1041,7 @@ static void test_random(const void *opaque)
     const RandomCase *c = opaque;
     GRand *rand = g_rand_new_with_seed(seed);
     Test *t = test_new(&c->config, c->max_extents);
-    RandomTest r = { .t = t, .nb_left = nb_ops / 8, .nb_users = NB_USERS };
+    RandomTest r = { .t = t, .nb_left = nb_ops / NB_CASES, .nb_users = NB_USERS };
     IOThread *iothreads[2];
     User users[NB_USERS];
 
@@ -1011,17 +1089,22 @@ static void test_random(const void *opaque)
     test_free(t);
 }
 
-static const RandomCase cases[] = {
+static const RandomCase cases[NB_CASES] = {
     { "plain", { .len = 200 * KiB, .grain = 512, .random = true } },
     { "large-blocks", { .len = 20 * MiB, .grain = 64 * KiB, .random = true } },
     { "align-4096", {
         .len = 1 * MiB, .grain = 4096, .align = 4096, .random = true } },
     { "small-extents", {
-        .len = 90 * 512, .grain = 128, .align = 1, .random = true } },
+        .len = 90 * 512, .grain = 100, .align = 1, .random = true } },
     { "one-extent-a-question", {
         .len = 200 * KiB, .grain = 512, .one = true, .random = true } },
     { "few-extents-and-short-reach", {
         .len = 200 * KiB, .grain = 512, .reach = 33 * 512, .random = true },
+      .max_extents = 7 },
+    { "answers-shorter-than-extents", {
+        .len = 1 * MiB, .grain = 4096, .reach = 3 * 512, .random = true } },
+    { "few-extents-in-parts", {
+        .len = 1 * MiB, .grain = 4096, .reach = 33 * 512, .random = true },
       .max_extents = 7 },
     { "errors", { .len = 200 * KiB, .grain = 512, .random = true },
       .percent_bad = 5 },
@@ -1062,7 +1145,9 @@ int main(int argc, char **argv)
     ADD("always-precise", always_precise);
     ADD("one-extent-a-question", one_extent_a_question);
     ADD("reach", reach);
+    ADD("parts", parts);
     ADD("change-drops-whole-extents-only", change_drops_whole_extents_only);
+    ADD("change-of-mixed-block", change_of_mixed_block);
     ADD("copy-range", copy_range);
     ADD("truncate", truncate);
     ADD("block-size", block_size);
