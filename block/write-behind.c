@@ -723,7 +723,11 @@ void coroutine_fn wb_drop_written(BlockDriverState *bs, WriteBehind *wb,
 {
     QEMU_LOCK_GUARD(&wb->lock);
 
-    seqcache_drop_written(wb->cache, offset, bytes, wb_limits(bs, wb).align);
+    while (seqcache_drop_written(wb->cache, offset, bytes,
+                                 wb_limits(bs, wb).align))
+    {
+        qemu_co_queue_wait(&wb->waiters, &wb->lock);
+    }
     /* There may be room now */
     qemu_co_queue_restart_all(&wb->waiters);
 }

@@ -860,17 +860,18 @@ bool seqcache_discard(SeqCache *s, int64_t offset, int64_t bytes)
     return in_flight;
 }
 
-void seqcache_drop_written(SeqCache *s, int64_t offset, int64_t bytes,
+bool seqcache_drop_written(SeqCache *s, int64_t offset, int64_t bytes,
                            int64_t align)
 {
     int64_t first = offset >> s->cluster_bits;
     int64_t count;
+    bool in_flight = false;
     GHashTableIter iter;
     gpointer key;
 
     seqcache_finish(s, offset, bytes);
     if (!bytes) {
-        return;
+        return false;
     }
 
     count = clusters_in_range(s, offset, bytes);
@@ -882,6 +883,7 @@ void seqcache_drop_written(SeqCache *s, int64_t offset, int64_t bytes,
             /* There is more of the run: it is finished, but still cached */
             uint32_t begin = pending_begin(c, align);
 
+            in_flight |= c->in_flight;
             if (begin != c->begin) {
                 s->bytes_cached -= begin - c->begin;
                 c->begin = begin;
@@ -889,6 +891,7 @@ void seqcache_drop_written(SeqCache *s, int64_t offset, int64_t bytes,
             }
         }
     }
+    return in_flight;
 }
 
 bool seqcache_discard_cluster(SeqCache *s, int64_t offset)

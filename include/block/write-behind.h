@@ -291,8 +291,9 @@ wb_co_write_out(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
  *
  * End the streams in the clusters that the range touches, and drop what they
  * have of data that is on the child already; what shares a block of the child
- * with newer data stays, and will be written again.  For use after
- * wb_co_write_out() has failed, when somebody else has written to the child.
+ * with newer data stays, and will be written again.  Waits for what is in
+ * flight there.  For use after wb_co_write_out() has failed, when somebody else
+ * has written to the child.
  */
 void coroutine_fn GRAPH_RDLOCK
 wb_drop_written(BlockDriverState *bs, WriteBehind *wb, int64_t offset,

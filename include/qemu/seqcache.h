@@ -360,8 +360,11 @@ void seqcache_complete(SeqCache *s, SeqCacheRequest *req, bool success);
  * does, and drop what was written out of all clusters that it touches, except
  * what the next request begins with for the sake of @align.  For use when
  * somebody else may have written there meanwhile.
+ *
+ * Returns: true if a part of the range is in flight.  It is not dropped; the
+ * caller calls again when the request is complete.
  */
-void seqcache_drop_written(SeqCache *s, int64_t offset, int64_t bytes,
+bool seqcache_drop_written(SeqCache *s, int64_t offset, int64_t bytes,
                            int64_t align);
 
 /**

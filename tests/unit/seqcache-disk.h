@@ -77,6 +77,7 @@ typedef struct Disk {
     GRand *rand;
 
     bool hold; /* changes wait in @held before they do anything */
+    bool hold_after; /* and writes after they have done it */
     CoQueue held;
     unsigned nb_held;
     bool overlap; /* so do the requests of the user, and so may changes */
@@ -300,6 +301,11 @@ static int coroutine_fn disk_co_store(Disk *d, DiskChange *c)
         }
         if (c->fua) {
             memcpy(d->stable + c->offset, d->data + c->offset, c->bytes);
+        }
+        while (d->hold_after && c->kind == DISK_WRITE) {
+            d->nb_held++;
+            qemu_co_queue_wait(&d->held, &d->lock);
+            d->nb_held--;
         }
     }
     disk_change_end_locked(d, c);

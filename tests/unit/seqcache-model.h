@@ -654,11 +654,12 @@ static void model_finish_range(Model *m)
     int begin = model_choose(m, m->limit);
     int bytes = model_choose_bytes(m, begin);
     int64_t align = model_choose(m, 2) ? 1 << model_choose(m, 13) : 0;
+    bool in_flight = false, expected = false;
     int i;
 
     /* With @align, what was written out is dropped as well */
     if (align) {
-        seqcache_drop_written(m->s, m->base + begin, bytes, align);
+        in_flight = seqcache_drop_written(m->s, m->base + begin, bytes, align);
     } else {
         seqcache_finish(m->s, m->base + begin, bytes);
     }
@@ -671,11 +672,13 @@ static void model_finish_range(Model *m)
         if (align && c->cached && !c->doomed) {
             int keep = model_keep_begin(m, c, align);
 
+            expected |= c->in_flight;
             while (c->begin < keep) {
                 m->cached[c->begin++] = false;
             }
         }
     }
+    g_assert_cmpint(in_flight, ==, expected);
 }
 
 static ModelPoint *model_flush_point(Model *m)

@@ -329,6 +329,57 @@ static void test_overlap_error(void)
     seqcache_test_free(t);
 }
 
+static void flush_cb(void *opaque, int ret)
+{
+    *(int *)opaque = ret;
+}
+
+/*
+ * The same, and what was written meanwhile is on the disk, but its request is
+ * still in flight when more cannot be written
+ */
+static void test_overlap_error_in_flight(void)
+{
+    SeqCacheTest *t = new_test(512);
+    TestWrite *direct = overlap_start(t, BDRV_REQ_FUA);
+    uint8_t before[2048], after[2048];
+    int flush = -EINPROGRESS;
+
+    write_ok(t, 3584, 1024);
+    t->disk->hold_after = true;
+    blk_aio_flush(t->blk, flush_cb, &flush);
+    settle();
+    g_assert_cmpuint(t->disk->nb_held, ==, 2);
+
+    /* The run goes on; from the second write on the disk is full */
+    write_ok(t, 4608, 1024);
+    write_ok(t, 200 * KiB + 100, 100);
+    disk_set_fault(t->disk, (DiskFault) {
+        .kinds = DISK_WRITE, .first = 2, .lasting = true, .error = ENOSPC,
+    });
+    WITH_QEMU_LOCK_GUARD(&t->disk->lock) {
+        t->disk->hold_after = false;
+        qemu_co_enter_next(&t->disk->held, &t->disk->lock);
+        t->disk->hold_after = true;
+    }
+    settle();
+    g_assert_cmpint(flush, ==, -EINPROGRESS);
+    WITH_QEMU_LOCK_GUARD(&t->disk->lock) {
+        t->disk->hold_after = false;
+        qemu_co_enter_all(&t->disk->held, &t->disk->lock);
+    }
+    g_assert_cmpint(write_finish(direct), ==, 0);
+    AIO_WAIT_WHILE_UNLOCKED(NULL, flush == -EINPROGRESS);
+    g_assert_cmpint(flush, ==, -ENOSPC);
+
+    g_assert_cmpint(blk_pread(t->blk, 3584, 2048, before, 0), ==, 0);
+    disk_set_fault(t->disk, (DiskFault) { 0 });
+    flush_ok(t);
+    g_assert_cmpint(blk_pread(t->blk, 3584, 2048, after, 0), ==, 0);
+    g_assert_cmpmem(before, 2048, after, 2048);
+    seqcache_test_free(t);
+}
+
 static void test_fua(void)
 {
     int no_flags;
@@ -817,6 +868,7 @@ int main(int argc, char **argv)
     ADD("write/overwrite", test_overwrite);
     ADD("write/overlap", test_overlap);
     ADD("write/overlap-error", test_overlap_error);
+    ADD("write/overlap-error-in-flight", test_overlap_error_in_flight);
     ADD("write/fua", test_fua);
     ADD("read", test_read);
     ADD("zero", test_zero);
