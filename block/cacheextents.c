@@ -53,8 +53,8 @@
 #define LARGEST_MAX_EXTENTS (16 * 1024 * 1024)
 
 /*
- * A block that has several statuses.  It is data for all who ask, but is part of
- * the child's extents on both sides of it.
+ * A block that has several statuses.  It is data for all who ask, but is a part
+ * of the child's extents on both sides of it.
  */
 #define CACHED_MIXED (1 << 30)
 

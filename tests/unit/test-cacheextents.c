@@ -1041,7 +1041,9 @@ static void test_random(const void *opaque)
     const RandomCase *c = opaque;
     GRand *rand = g_rand_new_with_seed(seed);
     Test *t = test_new(&c->config, c->max_extents);
-    RandomTest r = { .t = t, .nb_left = nb_ops / NB_CASES, .nb_users = NB_USERS };
+    RandomTest r = {
+        .t = t, .nb_left = nb_ops / NB_CASES, .nb_users = NB_USERS,
+    };
     IOThread *iothreads[2];
     User users[NB_USERS];
 
