@@ -768,11 +768,14 @@ cacheextents_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
                          PreallocMode prealloc, BdrvRequestFlags flags,
                          Error **errp)
 {
-    int64_t start = MIN(offset, MAX(bdrv_co_getlength(bs->file->bs), 0));
     CacheExtentsChange change;
     int ret;
 
-    cacheextents_begin_change(bs, &change, start, INT64_MAX - start);
+    /*
+     * When the child grows, its last block changes.  Where that is cannot be
+     * told: after a write that met a truncation, its length may be a wrong one.
+     */
+    cacheextents_begin_change(bs, &change, 0, INT64_MAX);
     ret = bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
     cacheextents_end_change(bs, &change);
     return ret;
