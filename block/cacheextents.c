@@ -206,20 +206,6 @@ static bool cacheextents_can_be_one(int flags, int neighbour)
 }
 
 /*
- * What is known before @offset, with these flags, is going to be forgotten.
- * Called with s->lock held.
- */
-static void cacheextents_open_start_locked(BDRVCacheExtentsState *s,
-                                           uint64_t offset, int flags)
-{
-    CachedExtent *e = cacheextents_at_locked(s, offset);
-
-    if (e && cacheextents_can_be_one(flags, e->flags)) {
-        e->open_start = true;
-    }
-}
-
-/*
  * The child's extent changes.  Answers can have cut it into any number of
  * extents, and what is between them need not be known.  Drop them all.  Called
  * with s->lock held.
@@ -287,7 +273,8 @@ static void cacheextents_make_room_locked(BDRVCacheExtentsState *s,
                                           uint64_t start, uint64_t last,
                                           uint64_t nb)
 {
-    CachedExtent *e;
+    CachedExtent *e, *next;
+    int flags;
 
     while ((e = cacheextents_first_locked(s, start, last))) {
         if (e->node.start >= start && e->last <= last) {
@@ -296,9 +283,6 @@ static void cacheextents_make_room_locked(BDRVCacheExtentsState *s,
         }
         interval_tree_remove(&e->node, &s->extents);
         if (e->node.start < start) {
-            if (e->last > last) {
-                cacheextents_open_start_locked(s, e->last + 1, e->flags);
-            }
             e->last = MIN(e->last, start - 1);
             e->node.last = start - 1;
         } else {
@@ -309,8 +293,12 @@ static void cacheextents_make_room_locked(BDRVCacheExtentsState *s,
     }
     while (s->nb_extents + nb > s->max_extents) {
         e = cacheextents_first_locked(s, 0, UINT64_MAX);
-        cacheextents_open_start_locked(s, e->last + 1, e->flags);
+        flags = e->flags;
         cacheextents_drop_locked(s, e);
+        next = cacheextents_first_locked(s, 0, UINT64_MAX);
+        if (next && cacheextents_can_be_one(flags, next->flags)) {
+            next->open_start = true;
+        }
     }
 }
 

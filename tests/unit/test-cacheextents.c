@@ -739,6 +739,7 @@ static void test_change_before_question(void)
  */
 static void test_change_of_evicted_part(void)
 {
+    Op *question, *second;
     Test *t = test_new(&(DiskConfig) {
         .len = 64 * BLOCK, .grain = 4 * BLOCK, .reach = 2 * BLOCK
     }, 2);
@@ -750,6 +751,35 @@ static void test_change_of_evicted_part(void)
     change_ok(t, OP_WRITE, 0, 512);
     g_assert_cmpint(status(t, 2 * BLOCK), ==, DATA);
     g_assert_cmpint(status(t, 4 * BLOCK), ==, ZERO);
+    test_free(t);
+
+    /*
+     * A short answer in the middle of the first part: what follows it is not
+     * known any more, and then the short part is evicted, too
+     */
+    t = test_new(&(DiskConfig) {
+        .len = 64 * BLOCK, .grain = BLOCK, .reach = 16 * BLOCK - 512
+    }, 3);
+    disk_hold(t->disk, HOLD_BEFORE, HOLD_NEVER);
+    second = op_start(t, OP_STATUS, 16 * BLOCK - 512, 512);
+    question = op_start(t, OP_STATUS, 5 * BLOCK, 512);
+    wait_held(t, 2);
+    t->disk->hold_questions = HOLD_NEVER;
+    status(t, 0);
+    WITH_QEMU_LOCK_GUARD(&t->disk->lock) {
+        qemu_co_enter_next(&t->disk->held_questions, &t->disk->lock);
+    }
+    op_finish(second);
+    t->disk->config.reach = 4 * BLOCK;
+    WITH_QEMU_LOCK_GUARD(&t->disk->lock) {
+        qemu_co_enter_next(&t->disk->held_questions, &t->disk->lock);
+    }
+    op_finish(question);
+    g_assert_cmpuint(test_stats(t).extents, ==, 3);
+    status(t, 40 * BLOCK);
+    status(t, 50 * BLOCK);
+    change_ok(t, OP_WRITE, 16 * BLOCK - 1024, 512);
+    g_assert_cmpint(status(t, 16 * BLOCK - 512), ==, DATA);
     test_free(t);
 }
 
