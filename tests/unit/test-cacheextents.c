@@ -235,6 +235,13 @@ static void wait_held(Test *t, unsigned nb)
     AIO_WAIT_WHILE_UNLOCKED(NULL, qatomic_read(&t->disk->nb_held) != nb);
 }
 
+/* Let one request go on, where the disk holds no others any more */
+static void let_go(Test *t, CoQueue *held)
+{
+    QEMU_LOCK_GUARD(&t->disk->lock);
+    qemu_co_enter_next(held, &t->disk->lock);
+}
+
 /* ---- One situation each ---- */
 
 #define BLOCK (64 * KiB)
@@ -391,8 +398,7 @@ static void test_parts(void)
     wait_held(t, 1);
     t->disk->hold_questions = HOLD_NEVER;
     status(t, 16 * BLOCK - 512);
-    t->disk->hold_questions = HOLD_AFTER;
-    disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
+    let_go(t, &t->disk->held_questions);
     op_finish(question);
     g_assert_cmpuint(test_stats(t).extents, ==, 3);
     change_ok(t, OP_WRITE, 16 * BLOCK - 512, 512);
@@ -766,14 +772,10 @@ static void test_change_of_evicted_part(void)
     wait_held(t, 2);
     t->disk->hold_questions = HOLD_NEVER;
     status(t, 0);
-    WITH_QEMU_LOCK_GUARD(&t->disk->lock) {
-        qemu_co_enter_next(&t->disk->held_questions, &t->disk->lock);
-    }
+    let_go(t, &t->disk->held_questions);
     op_finish(second);
     t->disk->config.reach = 4 * BLOCK;
-    WITH_QEMU_LOCK_GUARD(&t->disk->lock) {
-        qemu_co_enter_next(&t->disk->held_questions, &t->disk->lock);
-    }
+    let_go(t, &t->disk->held_questions);
     op_finish(question);
     g_assert_cmpuint(test_stats(t).extents, ==, 3);
     status(t, 40 * BLOCK);
@@ -800,8 +802,7 @@ static void test_overtaken_by_answer(void)
     change_ok(t, OP_TRUNCATE, 12 * BLOCK, 0);
     t->disk->hold_questions = HOLD_NEVER;
     g_assert_cmpint(status(t, 0), ==, ZERO);
-    t->disk->hold_questions = HOLD_AFTER;
-    disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
+    let_go(t, &t->disk->held_questions);
     g_assert_cmpint(op_finish(question), ==, ZERO);
 
     g_assert_cmpint(status(t, 10 * BLOCK), ==, DATA);
@@ -820,8 +821,7 @@ static void test_truncate_and_write(void)
     wait_held(t, 1);
     t->disk->hold_changes = HOLD_NEVER;
     change_ok(t, OP_TRUNCATE, 40 * BLOCK + 512, 0);
-    t->disk->hold_changes = HOLD_AFTER;
-    disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
+    let_go(t, &t->disk->held_changes);
     g_assert_cmpint(op_finish(write), ==, 0);
     g_assert_cmpint(blk_getlength(t->blk), ==, 51 * BLOCK);
     g_assert_cmpint(t->disk->len, ==, 40 * BLOCK + 512);
