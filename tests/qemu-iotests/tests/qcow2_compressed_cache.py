@@ -310,7 +310,7 @@ class QemuIo(iotests.QemuIoInteractive):
 
 def assert_no_complaint(case: iotests.QMPTestCase, vm: iotests.VM) -> None:
     '''
-    After the end of @vm: neither QEMU nor its HMP qemu-io commands reported any
+    After the end of @vm: neither QEMU nor its HMP qemu-io commands reported a
     problem.  What the symbolizer of a sanitizer cannot find does not count.
     '''
     case.assertEqual([line for line in (vm.get_log() or '').splitlines()
