@@ -13,10 +13,11 @@
  * something else.  wb_accept() starts one as soon as there is a request worth
  * writing: a full one, or any when half of the cache is waiting.  Workers
  * count as in-flight requests of the node; a drain waits for them, and they end
- * when nothing is worth writing any more.  None is started while the node is
- * drained.  Who changes the graph may drain the node while it holds the graph
- * lock, so a worker never waits for that lock: if it cannot have it at once, it
- * ends without having taken anything from the cache.
+ * when nothing is worth writing any more, or with the request in flight when the
+ * node is drained.  None is started while it is.  Who changes the graph may drain
+ * the node while it holds the graph lock, so a worker never waits for that lock:
+ * if it cannot have it at once, it ends without having taken anything from the
+ * cache.
  *
  * Waiters are callers that need room in the cache (wb_co_reserve()) or that
  * need data to be on the child (wb_co_flush()).  They hold the graph lock
@@ -329,13 +330,17 @@ wb_start_worker_locked(BlockDriverState *bs, WriteBehind *wb)
                  qemu_coroutine_create(wb_co_worker, wb));
 }
 
-/* Write as long as something is worth it.  Called with wb->lock held. */
+/*
+ * Write as long as something is worth it, and nobody drains the node: who does
+ * waits for what is in flight, and need not wait for the whole cache.  Called
+ * with wb->lock held.
+ */
 static void coroutine_fn GRAPH_RDLOCK
 wb_co_work_locked(BlockDriverState *bs, WriteBehind *wb)
 {
     SeqCacheRequest *req;
 
-    while (!wb->freed && !wb->error &&
+    while (!wb->freed && !wb->error && !qatomic_read(&bs->quiesce_counter) &&
            (req = wb_next_request_locked(bs, wb)) != NULL) {
         /* While this one is in flight, there may be work for another worker */
         wb_start_worker_locked(bs, wb);

@@ -1910,6 +1910,35 @@ static void test_drain_all(void)
     drain_case(true);
 }
 
+/* A drain waits for what is in flight, not for all that is worth writing */
+static void test_drain_rest(void)
+{
+    Test *t = test_new(&(TestConfig) {
+        .cluster_size = 4096,
+        .cache_size = 64 * 4096,
+        .max_transfer = 4096,
+    });
+
+    disk_hold(t->disk);
+    append_ok(t, 60 * 4096 + 1);
+    settle();
+    g_assert_cmpuint(t->disk->nb_held, ==, 4);
+
+    release_later(t);
+    bdrv_drained_begin(t->bs);
+    g_assert_cmpuint(t->disk->nb_in_flight, ==, 0);
+    g_assert_cmpuint(t->disk->nb_writes, ==, 4);
+    bdrv_drained_end(t->bs);
+
+    append_ok(t, 1);
+    settle();
+    g_assert_cmpuint(t->disk->nb_writes, ==, 60);
+    flush_ok(t);
+    assert_on_disk(t, 0, DISK_SIZE);
+
+    test_free(t);
+}
+
 /* A drain ends though nothing can be written, and a flush in it works */
 static void test_drain_error(void)
 {
@@ -2906,6 +2935,7 @@ int main(int argc, char **argv)
     ADD("error/reserved", test_error_reserved);
     ADD("drain/node", test_drain);
     ADD("drain/all", test_drain_all);
+    ADD("drain/rest", test_drain_rest);
     ADD("drain/error", test_drain_error);
     ADD("discard/cached", test_discard);
     ADD("discard/in-flight", test_discard_in_flight);
