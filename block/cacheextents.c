@@ -780,12 +780,6 @@ static void cacheextents_forget(BlockDriverState *bs)
     cacheextents_forget_locked(s);
 }
 
-static int GRAPH_RDLOCK cacheextents_inactivate(BlockDriverState *bs)
-{
-    cacheextents_forget(bs);
-    return 0;
-}
-
 static void coroutine_fn GRAPH_RDLOCK
 cacheextents_co_invalidate_cache(BlockDriverState *bs, Error **errp)
 {
@@ -793,9 +787,10 @@ cacheextents_co_invalidate_cache(BlockDriverState *bs, Error **errp)
 }
 
 /*
- * Nobody else in this process may change what we remember.  An inactive node
- * remembers nothing and shares, as does one that is forced to (force-share);
- * see cacheextents_can_keep().
+ * Nobody else in this process may change what we remember.  A node without a
+ * parent remembers nothing and shares: it can be put below a node that writes to
+ * the child, or taken out from there.  So do an inactive node and one that is
+ * forced to share (force-share); see cacheextents_can_keep().
  */
 static void cacheextents_child_perm(BlockDriverState *bs, BdrvChild *c,
                                     BdrvChildRole role,
@@ -804,15 +799,23 @@ static void cacheextents_child_perm(BlockDriverState *bs, BdrvChild *c,
                                     uint64_t *nperm, uint64_t *nshared)
 {
     bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
-    if (!(bs->open_flags & BDRV_O_INACTIVE)) {
+    if (!(bs->open_flags & BDRV_O_INACTIVE) && !QLIST_EMPTY(&bs->parents)) {
         *nshared &= ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
+    }
+}
+
+/* Permissions have changed, or the node became inactive */
+static void GRAPH_RDLOCK
+cacheextents_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
+{
+    if (bs->file && !cacheextents_can_keep(bs)) {
+        cacheextents_forget(bs);
     }
 }
 
 static int cacheextents_open(BlockDriverState *bs, QDict *options, int flags,
                              Error **errp)
 {
-    ERRP_GUARD();
     BDRVCacheExtentsState *s = bs->opaque;
     int ret;
 
@@ -821,10 +824,15 @@ static int cacheextents_open(BlockDriverState *bs, QDict *options, int flags,
     if (!cacheextents_absorb_opts(&s->max_extents, options, errp)) {
         return -EINVAL;
     }
+
+    /* Before cacheextents_set_perm() */
+    qemu_mutex_init(&s->lock);
+    QLIST_INIT(&s->changes);
+    QLIST_INIT(&s->questions);
+
     ret = bdrv_open_file_child(NULL, options, "file", bs, errp);
     if (ret < 0) {
-        error_prepend(errp, "cacheextents needs a child in 'file' that no "
-                      "other node writes to: ");
+        qemu_mutex_destroy(&s->lock);
         return ret;
     }
 
@@ -836,10 +844,6 @@ static int cacheextents_open(BlockDriverState *bs, QDict *options, int flags,
         ((BDRV_REQ_FUA | BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK) &
          bs->file->bs->supported_zero_flags);
     bs->supported_truncate_flags = bs->file->bs->supported_truncate_flags;
-
-    qemu_mutex_init(&s->lock);
-    QLIST_INIT(&s->changes);
-    QLIST_INIT(&s->questions);
     return 0;
 }
 
@@ -923,10 +927,10 @@ static BlockDriver bdrv_cacheextents_filter = {
     .bdrv_reopen_prepare            = cacheextents_reopen_prepare,
     .bdrv_reopen_commit             = cacheextents_reopen_commit,
     .bdrv_reopen_abort              = cacheextents_reopen_abort,
-    .bdrv_inactivate                = cacheextents_inactivate,
     .bdrv_co_invalidate_cache       = cacheextents_co_invalidate_cache,
 
     .bdrv_child_perm                = cacheextents_child_perm,
+    .bdrv_set_perm                  = cacheextents_set_perm,
 
     .bdrv_co_getlength              = cacheextents_co_getlength,
     .bdrv_co_truncate               = cacheextents_co_truncate,

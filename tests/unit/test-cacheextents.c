@@ -959,6 +959,8 @@ static void test_inactive(void)
     t->blk = NULL;
     g_assert_cmpint(bdrv_inactivate(t->bs, &error_abort), ==, 0);
     g_assert_cmpuint(test_stats(t).extents, ==, 0);
+    t->blk = blk_new(qemu_get_aio_context(), 0, BLK_PERM_ALL);
+    g_assert_cmpint(blk_insert_bs(t->blk, t->bs, &error_abort), ==, 0);
     /* (The block layer itself remembers data) */
     status(t, BLOCK);
     status(t, BLOCK);
@@ -980,7 +982,6 @@ static void test_inactive(void)
     test_free(t);
 }
 
-/* Nobody else may write to the child, nor write and then be joined by us */
 static void test_cancel(void)
 {
     Test *t = new_striped(&plain, 0);
@@ -990,6 +991,10 @@ static void test_cancel(void)
     test_free(t);
 }
 
+/*
+ * While the node has a user, nobody else may write to the child; nor write and
+ * then be joined by a user.  What was known before is forgotten.
+ */
 static void test_permissions(void)
 {
     Test *t = new_striped(&plain, 0);
@@ -1000,20 +1005,21 @@ static void test_permissions(void)
                                     BLK_PERM_ALL);
         Error *err = NULL;
 
+        map(t);
         g_assert_cmpint(blk_insert_bs(blk, t->disk_bs, &err), <, 0);
         error_free_or_abort(&err);
         blk_unref(t->blk);
-        bdrv_unref(t->bs);
         blk_insert_bs(blk, t->disk_bs, &error_abort);
-        g_assert(!filter_new("disk", 0, 0, &err));
+        disk_set(t->disk, 0, BLOCK, i ? DATA : ZERO);
+        g_assert(!blk_new_with_bs(t->bs, BLK_PERM_CONSISTENT_READ,
+                                  BLK_PERM_ALL, &err));
         error_free_or_abort(&err);
         blk_remove_bs(blk);
-        t->bs = filter_new("disk", 0, BDRV_O_RDWR, &error_abort);
         t->blk = blk_new_with_bs(t->bs, BLK_PERM_CONSISTENT_READ, BLK_PERM_ALL,
                                  &error_abort);
+        g_assert_cmpint(status(t, 0), ==, i ? DATA : ZERO);
         blk_unref(blk);
     }
-    g_assert_cmpuint(map(t), ==, 1);
     test_free(t);
 }
 
