@@ -108,15 +108,19 @@ static QemuOptsList seqcache_runtime_opts = {
     },
 };
 
-/* The write size that the child prefers, if it can be the cluster size */
+/*
+ * The write size that the child prefers, if it can be the cluster size.  Smaller
+ * ones than usual are what a server is content with (qemu-nbd says 4 KiB), and
+ * no reason not to collect more.
+ */
 static int64_t GRAPH_RDLOCK
 seqcache_default_cluster_size(BlockDriverState *child)
 {
     int64_t size = child->bl.opt_transfer;
-    int64_t min = MAX(child->bl.request_alignment, BDRV_SECTOR_SIZE);
+    int64_t min = MAX(child->bl.request_alignment, DEFAULT_CLUSTER_SIZE);
 
-    if (!size || !is_power_of_2(size) || size > SEQCACHE_MAX_CLUSTER_SIZE) {
-        size = DEFAULT_CLUSTER_SIZE;
+    if (!is_power_of_2(size) || size > SEQCACHE_MAX_CLUSTER_SIZE) {
+        size = 0;
     }
     return MIN(MAX(size, min), SEQCACHE_MAX_CLUSTER_SIZE);
 }
@@ -170,19 +174,29 @@ seqcache_absorb_opts(SeqCacheFilterOpts *dest, QDict *options,
 }
 
 /*
- * Make the cache what s->opts and @flags ask for.  If there is one already,
+ * Make the cache what @new_opts and @flags ask for.  If there is one already,
  * everything in it must be on the child.
  */
-static void seqcache_update_write_behind(BlockDriverState *bs, int flags)
+static void seqcache_update_write_behind(BlockDriverState *bs,
+                                         const SeqCacheFilterOpts *new_opts,
+                                         int flags)
 {
     BDRVSeqCacheState *s = bs->opaque;
     WriteBehindOptions opts = {
-        .cache_size = s->opts.cache_size,
-        .cluster_size = s->opts.cluster_size,
+        .cache_size = new_opts->cache_size,
+        .cluster_size = new_opts->cluster_size,
         .max_streams = MAX_STREAMS,
         .event = BLKDBG_WRITE_AIO,
     };
 
+    /* Do not lose the statistics when something else is reopened */
+    if (s->write_behind && (flags & BDRV_O_RDWR) &&
+        new_opts->cache_size == s->opts.cache_size &&
+        new_opts->cluster_size == s->opts.cluster_size) {
+        return;
+    }
+
+    s->opts = *new_opts;
     wb_free(s->write_behind);
     s->write_behind = flags & BDRV_O_RDWR ? wb_new(bs, &opts) : NULL;
 }
@@ -212,6 +226,7 @@ static int seqcache_open(BlockDriverState *bs, QDict *options, int flags,
                          Error **errp)
 {
     BDRVSeqCacheState *s = bs->opaque;
+    SeqCacheFilterOpts opts;
     int ret;
 
     GLOBAL_STATE_CODE();
@@ -223,7 +238,7 @@ static int seqcache_open(BlockDriverState *bs, QDict *options, int flags,
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    if (!seqcache_absorb_opts(&s->opts, options, bs->file->bs, errp)) {
+    if (!seqcache_absorb_opts(&opts, options, bs->file->bs, errp)) {
         return -EINVAL;
     }
 
@@ -249,7 +264,7 @@ static int seqcache_open(BlockDriverState *bs, QDict *options, int flags,
     qemu_mutex_init(&s->lock);
     memset(s->ends, -1, sizeof(s->ends));
     s->release_bh = qemu_bh_new(seqcache_release_bh, bs);
-    seqcache_update_write_behind(bs, bs->open_flags);
+    seqcache_update_write_behind(bs, &opts, bs->open_flags);
 
     return 0;
 }
@@ -330,8 +345,7 @@ static void seqcache_reopen_commit(BDRVReopenState *state)
      * well.  If it cannot be written out now, keep it, and the old sizes.
      */
     if (!s->write_behind || wb_flush(bs, s->write_behind) == 0) {
-        s->opts = *(SeqCacheFilterOpts *)state->opaque;
-        seqcache_update_write_behind(bs, state->flags);
+        seqcache_update_write_behind(bs, state->opaque, state->flags);
         seqcache_forget_clean(s);
     } else {
         warn_report("Node '%s' keeps its cache: cached data cannot be written",
