@@ -122,8 +122,8 @@ void coroutine_fn wb_unreserve(WriteBehind *wb, uint64_t nb_clusters);
  *
  * Returns: whether a write that starts at @offset continues a stream.  The
  * answer can only become false after wb_accept(), wb_append(),
- * wb_end_streams(), wb_co_write_out(), wb_co_discard(), or while nothing is
- * reserved.
+ * wb_end_streams(), wb_co_write_out(), wb_drop_written(), wb_co_discard(), or
+ * while nothing is reserved.
  */
 bool wb_continues(WriteBehind *wb, int64_t offset);
 

@@ -36,7 +36,7 @@
  *
  * Look-ups do not depend on the number of cached clusters.  What has to do with
  * a range costs no more than the smaller of the numbers of clusters in the
- * range and in the cache.
+ * range and in the cache; seqcache_drop_written() costs the latter.
  *
  * The memory of clusters that leave the cache is used for the next ones.  It is
  * freed when the cache becomes empty, except for 64 KiB or one cluster,
