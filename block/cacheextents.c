@@ -788,15 +788,15 @@ cacheextents_co_invalidate_cache(BlockDriverState *bs, Error **errp)
 
 /*
  * Nobody else in this process may change what we remember.  A node without a
- * parent remembers nothing and shares: it can be put below a node that writes to
- * the child, or taken out from there.  So do an inactive node and one that is
- * forced to share (force-share); see cacheextents_can_keep().
+ * parent remembers nothing and shares: it can be put below a node that writes
+ * to the child, or taken out from there.  So do an inactive node and one that
+ * is forced to share (force-share); see cacheextents_can_keep().
  */
-static void cacheextents_child_perm(BlockDriverState *bs, BdrvChild *c,
-                                    BdrvChildRole role,
-                                    BlockReopenQueue *reopen_queue,
-                                    uint64_t perm, uint64_t shared,
-                                    uint64_t *nperm, uint64_t *nshared)
+static void GRAPH_RDLOCK
+cacheextents_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
+                        BlockReopenQueue *reopen_queue,
+                        uint64_t perm, uint64_t shared,
+                        uint64_t *nperm, uint64_t *nshared)
 {
     bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
     if (!(bs->open_flags & BDRV_O_INACTIVE) && !QLIST_EMPTY(&bs->parents)) {

@@ -109,9 +109,9 @@ static QemuOptsList seqcache_runtime_opts = {
 };
 
 /*
- * The write size that the child prefers, if it can be the cluster size.  Smaller
- * ones than usual are what a server is content with (qemu-nbd says 4 KiB), and
- * no reason not to collect more.
+ * The write size that the child prefers, if it can be the cluster size.
+ * Smaller ones than usual are what a server is content with (qemu-nbd says
+ * 4 KiB), and no reason not to collect more.
  */
 static int64_t GRAPH_RDLOCK
 seqcache_default_cluster_size(BlockDriverState *child)

@@ -12,12 +12,12 @@
  * Workers are background coroutines that write while the users of the node do
  * something else.  wb_accept() starts one as soon as there is a request worth
  * writing: a full one, or any when half of the cache is waiting.  Workers
- * count as in-flight requests of the node; a drain waits for them, and they end
- * when nothing is worth writing any more, or with the request in flight when the
- * node is drained.  None is started while it is.  Who changes the graph may drain
- * the node while it holds the graph lock, so a worker never waits for that lock:
- * if it cannot have it at once, it ends without having taken anything from the
- * cache.
+ * count as in-flight requests of the node; a drain waits for them, and they
+ * end when nothing is worth writing any more, or with the request in flight
+ * when the node is drained.  None is started while it is.  Who changes the
+ * graph may drain the node while it holds the graph lock, so a worker never
+ * waits for that lock: if it cannot have it at once, it ends without having
+ * taken anything from the cache.
  *
  * Waiters are callers that need room in the cache (wb_co_reserve()) or that
  * need data to be on the child (wb_co_flush()).  They hold the graph lock
