@@ -44,6 +44,7 @@ WRITE_ZEROES = 6
 BLOCK_STATUS = 7
 
 # Flags of requests
+FUA = 1 << 0
 REQ_ONE = 1 << 3
 
 # Flags of the export
