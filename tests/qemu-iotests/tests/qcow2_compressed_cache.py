@@ -60,7 +60,8 @@ def mixed_bytes(size: int, seed: int) -> bytes:
     return bytes(data[:size])
 
 
-def write_file(path: str, data: bytes, offset: int = 0) -> None:
+def write_file(path: str, data: Union[bytes, bytearray],
+               offset: int = 0) -> None:
     mode = 'r+b' if offset else 'wb'
     with open(path, mode) as f:
         f.seek(offset)
