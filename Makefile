@@ -8,49 +8,70 @@ PYTHON ?= /usr/bin/python3
 export QEMU_SRC CONFIGURE_FLAGS JOBS BUILD PYTHON V LONG_SECONDS SEED
 
 all:
+	@scripts/arguments $@
 	@scripts/build
 
+# Both set up all that they need
+demo:
+	@scripts/arguments $@
+	@scripts/build --qemu-img demo
+	@scripts/demo
+
 check:
+	@scripts/arguments $@
 	@scripts/build --tests
-	@scripts/check standalone lint unit iotests
+	@scripts/check standalone unit iotests
 
 check-standalone:
-	@scripts/deps build test
+	@scripts/arguments $@
+	@scripts/deps build demo test
 	@scripts/check standalone
 
 check-unit:
+	@scripts/arguments $@
 	@scripts/build --tests
 	@scripts/check unit
 
 check-iotests:
+	@scripts/arguments $@
 	@scripts/build --tests
 	@scripts/check iotests
 
-demo:
-	@scripts/build
-	@scripts/deps test
-	@scripts/demo
+lint:
+	@scripts/arguments $@
+	@scripts/build --configure lint
+	@scripts/check lint
+
+check-fresh:
+	@scripts/arguments $@
+	@scripts/check-fresh
+
+update:
+	@scripts/arguments $@
+	@scripts/debian-source --update
 
 bench bench-quick:
-	@scripts/build
-	@scripts/deps test bench
+	@scripts/arguments $@
+	@scripts/build demo test bench
 	@$(PYTHON) scripts/bench $(if $(findstring quick,$@),--quick) \
 		$(patsubst %,'%',$(ROWS))
 
 check-filtered:
-	@scripts/build --test-hooks
-	@scripts/deps upstream
+	@scripts/arguments $@
+	@scripts/build --test-hooks upstream
 	@scripts/check-filtered $(TESTS)
 
 check-upstream:
-	@scripts/build
+	@scripts/arguments $@
+	@scripts/build demo test upstream
 	@scripts/build --stock
 	@scripts/build --test-hooks
-	@scripts/deps upstream
 	@scripts/check-upstream $(TESTS)
 
 check-long:
-	@scripts/build --sanitizers
+	@scripts/arguments $@
+	@scripts/build --sanitizers \
+		$(if $(filter valgrind,$(or $(PARTS),valgrind)),valgrind)
 	@$(if $(filter valgrind,$(or $(PARTS),valgrind)),scripts/build --valgrind)
 	@scripts/check-long $(PARTS)
 
@@ -58,10 +79,12 @@ check-tsan: export BUILD := build-tsan
 check-tsan: export IOTEST_TIMEOUT ?= 1800
 check-tsan: export MESON_TIMEOUT ?= 7200
 check-tsan:
+	@scripts/arguments $@
 	@scripts/build --tsan
 	@scripts/check unit our-iotests
 
 check-clang:
+	@scripts/arguments $@
 	@scripts/build --clang
 	@scripts/checkpatch
 
@@ -69,10 +92,12 @@ check-clang:
 coverage: export BUILD := $(if $(filter build,$(BUILD)),build-gcov,$(BUILD))
 coverage: export CONFIGURE_FLAGS += --enable-gcov
 coverage:
+	@scripts/arguments $@
 	@scripts/build --tests
 	@scripts/coverage
 
 stock-results:
+	@scripts/arguments $@
 	@scripts/build --stock
 	@scripts/check --write-stock-results iotests
 
@@ -83,14 +108,22 @@ distclean: clean
 	rm -rf cache
 
 help:
-	@echo 'make                   obtain QEMU, apply our hooks, build into build/'
-	@echo 'make demo              convert a real image with the cache off and on'
+	@echo 'make                   obtain QEMU, apply our patches, build into build/'
+	@echo 'make demo              build qemu-img, and convert a real image with it,'
+	@echo '                       with the cache off and on'
 	@echo 'make bench             measure; the results go to docs/results/.'
 	@echo '                       ROWS="filter-4k-disk convert-*" measures only'
 	@echo '                       these; "scripts/bench --list" shows all'
 	@echo 'make bench-quick       the same with less of everything, in 3 minutes;'
 	@echo '                       the results go to $$BUILD/bench/quick-results/'
 	@echo 'make check             build, then run all tests'
+	@echo 'make lint              pylint and mypy over our iotests'
+	@echo 'make check-fresh       on new Debian systems that debootstrap makes: clone'
+	@echo '                       the last commit, make, make demo, make check, as'
+	@echo '                       root and as an ordinary user. Wants root, and'
+	@echo '                       hours. SUITES="bookworm trixie sid" (default: the'
+	@echo '                       first two; sid without check), USERS="root user",'
+	@echo '                       PARTS="build demo check" choose'
 	@echo 'make check-standalone  the tests that need glib alone'
 	@echo 'make check-unit        the unit tests inside QEMU'
 	@echo 'make check-iotests     our iotests and those of qcow2 compression'
@@ -119,6 +152,7 @@ help:
 	@echo '                       reach; half an hour'
 	@echo 'make stock-results     rebuild the list of what an unpatched QEMU'
 	@echo '                       does in the iotests of qcow2 compression'
+	@echo 'make update            take a newer QEMU, if Debian has one'
 	@echo 'make clean             remove the prepared tree and all builds'
 	@echo 'make distclean         the same, and the downloads'
 	@echo
@@ -137,5 +171,6 @@ help:
 	@echo 'V=1                    show the whole output of each step'
 
 .PHONY: all check check-standalone check-unit check-iotests check-filtered \
-        check-upstream check-long check-tsan check-clang coverage bench \
-        bench-quick demo stock-results clean distclean help
+        check-upstream check-long check-tsan check-clang check-fresh lint \
+        coverage bench bench-quick demo stock-results update clean distclean \
+        help

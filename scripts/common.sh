@@ -9,6 +9,59 @@ BUILD=${BUILD:-build}
 V=${V:-0}
 export PYTHON=${PYTHON:-/usr/bin/python3}
 
+# mke2fs and others are there, and an ordinary user's PATH may not be
+export PATH=$PATH:/usr/sbin:/sbin
+
+# Where apt's lists and logs go
+STATE=$PWD/cache
+APT_LOG=$STATE/apt.log
+
+# Everything is looked at before anything is downloaded or built: what the
+# Makefile takes for all targets here, what only some use in scripts/arguments.
+
+# refuse NAME EXPECTED: the variable's value is not accepted
+refuse()
+{
+    printf '%s=%s: expected %s\n' "$1" "${!1}" "$2" >&2
+    exit 1
+}
+
+# Whether the folder can be used to build in: it is new, empty, or was built in
+is_build_folder()
+{
+    [ ! -e "$1" ] || [ -z "$(ls -A "$1")" ] || [ -e "$1/make.log" ] ||
+        [ -e "$1/build.ninja" ]
+}
+
+check_variables()
+{
+    local more word
+
+    [[ $JOBS =~ ^[1-9][0-9]{0,3}$ ]] || refuse JOBS "a number from 1 to 9999"
+    [[ $V == [01] ]] || refuse V "0, or 1 to show the whole output"
+    [[ $PWD != *[[:space:]:]* ]] ||
+        die "QEMU cannot be built in $PWD: its path has a space or a colon."
+    [[ $BUILD != *[[:space:]:]* ]] ||
+        refuse BUILD "a folder without spaces and colons in its name"
+    is_build_folder "$BUILD" ||
+        refuse BUILD "a new folder, or one that was built in before"
+    if [ "$PYTHON" != /usr/bin/python3 ] &&
+            ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 9))' \
+                2> /dev/null; then
+        refuse PYTHON "Python 3.9 or newer"
+    fi
+    # CONFIGURE_FLAGS is a list of words as on a command line
+    (eval "more=(${CONFIGURE_FLAGS-})") 2> /dev/null ||
+        refuse CONFIGURE_FLAGS "words as on a command line; see the quotes"
+    eval "more=(${CONFIGURE_FLAGS-})"
+    for word in ${more[@]+"${more[@]}"}; do
+        [[ $word == -* ]] || refuse CONFIGURE_FLAGS \
+            "options of QEMU's configure, which begin with --; not $word"
+        [ "$word" != --disable-tools ] || refuse CONFIGURE_FLAGS \
+            "no --disable-tools: qemu-img is one of them"
+    done
+}
+
 say()
 {
     printf '%s\n' "$*"
@@ -58,9 +111,12 @@ take_lock()
 
 # The Debian archive that this machine itself uses, as ENTRY_URI and ENTRY_KEY.
 # The address and the keyring are the machine's own; none is written here.
+#
+# debian_entry [LABEL]: LABEL is that of the archive, by default Debian's main
+# one, or Debian-Security. Fails if the machine does not use it.
 debian_entry()
 {
-    local lists=cache/apt/system-lists line
+    local lists=$STATE/apt/system-lists label=${1:-Debian} line
     # shellcheck disable=SC2016 # apt expands them
     local -a format=(
         indextargets --format '$(ORIGIN)|$(LABEL)|$(REPO_URI)|$(SOURCESENTRY)'
@@ -70,15 +126,17 @@ debian_entry()
     ENTRY_URI=
     ENTRY_KEY=
     command -v apt-get > /dev/null || return 1
-    line=$(apt-get "${format[@]}" | grep -m1 '^Debian|Debian|' || true)
-    if [ -z "$line" ]; then
+    line=$(apt-get "${format[@]}" | grep -m1 "^Debian|$label|" || true)
+    if [ -z "$line" ] && [ "$label" = Debian ]; then
         # The machine's lists were never downloaded
-        mkdir -p $lists/partial
-        run_logged cache/apt.log apt-get -o Dir::State::Lists="$PWD/$lists" \
+        mkdir -p "$lists/partial"
+        run_logged "$APT_LOG" apt-get -o Dir::State::Lists="$lists" \
             -o APT::Sandbox::User= -o APT::Update::Error-Mode=any update ||
             return 1
-        line=$(apt-get -o Dir::State::Lists="$PWD/$lists" "${format[@]}" |
-               grep -m1 '^Debian|Debian|' || true)
+    fi
+    if [ -z "$line" ] && [ -d "$lists" ]; then
+        line=$(apt-get -o Dir::State::Lists="$lists" "${format[@]}" |
+               grep -m1 "^Debian|$label|" || true)
     fi
     [ -n "$line" ] || return 1
     ENTRY_URI=$(printf '%s\n' "$line" | cut -d'|' -f3)
@@ -92,14 +150,15 @@ debian_entry()
     fi
 }
 
-# private_apt NAME SUITE TYPE: an apt configuration of our own for one suite of
-# that archive. Sets APT_OPTIONS for apt-get and apt-cache, and downloads the
-# suite's lists; neither the system's lists nor its configuration change.
+# private_apt NAME SUITE TYPE [LABEL]: an apt configuration of our own for one
+# suite of that archive. Sets APT_OPTIONS for apt-get and apt-cache, and
+# downloads the suite's lists; neither the system's lists nor its configuration
+# change.
 private_apt()
 {
-    local name=$1 suite=$2 type=$3 top=$PWD/cache/apt
+    local name=$1 suite=$2 type=$3 top=$STATE/apt
 
-    debian_entry || return 1
+    debian_entry "${4-}" || return 1
     mkdir -p "$top/$name.sources.d" "$top/$name.lists/partial" \
         "$top/archives/partial"
     cat > "$top/$name.sources.d/$name.sources" <<EOF
@@ -117,6 +176,8 @@ EOF
         -o APT::Sandbox::User=
         -o DPkg::Lock::Timeout=300
     )
-    run_logged cache/apt.log apt-get "${APT_OPTIONS[@]}" \
+    run_logged "$APT_LOG" apt-get "${APT_OPTIONS[@]}" \
         -o APT::Update::Error-Mode=any update
 }
+
+check_variables

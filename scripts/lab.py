@@ -18,6 +18,8 @@ import time
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUILD = os.path.join(TOP, os.environ.get('BUILD') or 'build')
 QEMU_IMG = os.path.join(BUILD, 'qemu-img')
+# mke2fs is there, and an ordinary user's PATH may not be
+os.environ['PATH'] += ':/usr/sbin:/sbin'
 
 KIB = 1 << 10
 MIB = 1 << 20
