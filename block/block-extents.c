@@ -1,5 +1,5 @@
 /*
- * Block status of many extents in one question
+ * Block status of many extents in one query
  *
  * This work is licensed under the terms of the GNU GPL, version 2 or later.
  * See the COPYING file in the top-level directory.
@@ -14,11 +14,7 @@
 #include "block/block_int.h"
 #include "block/coroutines.h"
 
-/* The only flags that mean the same whoever asks, and when */
-#define EXTENT_FLAGS (BDRV_BLOCK_DATA | BDRV_BLOCK_ZERO | \
-                      BDRV_BLOCK_OFFSET_VALID)
-
-/* One extent, from the question that every driver answers */
+/* One extent, from the query that every driver answers */
 static int coroutine_fn GRAPH_RDLOCK
 co_block_extent(BlockDriverState *bs, int64_t offset, int64_t bytes,
                 GArray *extents)
@@ -36,39 +32,73 @@ co_block_extent(BlockDriverState *bs, int64_t offset, int64_t bytes,
     if ((ret & BDRV_BLOCK_OFFSET_VALID) && (file != bs || map != offset)) {
         return -ENOTSUP;
     }
-    if (extent.bytes) {
-        extent.flags = ret & EXTENT_FLAGS;
-        g_array_append_val(extents, extent);
-    }
+    extent.flags = ret;
+    g_array_append_val(extents, extent);
     return 0;
 }
 
-/*
- * Remove @head bytes from the start of the extents from index @first on, and
- * what lies more than @bytes after that
- */
-static void clamp_extents(GArray *extents, guint first, int64_t head,
-                          int64_t bytes)
+static void append_extent(GArray *extents, int64_t bytes, int flags)
 {
-    guint i;
+    BdrvBlockExtent extent = {
+        .bytes = bytes,
+        /* The only ones that mean the same whoever asks */
+        .flags = flags & (BDRV_BLOCK_DATA | BDRV_BLOCK_ZERO),
+    };
 
-    for (i = first; i < extents->len && bytes; i++) {
-        BdrvBlockExtent *extent = &g_array_index(extents, BdrvBlockExtent, i);
+    g_array_append_val(extents, extent);
+}
 
-        /* The first extent covers at least one block, @head is less */
-        extent->bytes = MIN(extent->bytes - head, bytes);
-        bytes -= extent->bytes;
-        head = 0;
+/*
+ * Append what @raw, a driver's answer that begins at @start, says about the
+ * bytes up to @end, in whole blocks of @align bytes.  A block that has several
+ * statuses is data.  So is the last one if the answer ends inside of it, but if
+ * it is not the first one it is better asked for again.
+ */
+static void append_whole_blocks(GArray *extents, const GArray *raw,
+                                int64_t start, int64_t end, int64_t align)
+{
+    int64_t pos = start;    /* where the driver's extent ends */
+    int64_t done = start;   /* where the result ends */
+
+    for (guint i = 0; i < raw->len && done < end; i++) {
+        const BdrvBlockExtent *e = &g_array_index(raw, BdrvBlockExtent, i);
+        bool last = i == raw->len - 1;
+        int64_t whole;
+
+        pos += MIN(e->bytes, end - pos);
+        if (!last && e[1].flags == e->flags) {
+            continue;
+        }
+
+        whole = pos < end ? QEMU_ALIGN_DOWN(pos, align) : end;
+        if (whole > done) {
+            append_extent(extents, whole - done, e->flags);
+            done = whole;
+        }
+        if (pos > done && (!last || done == start)) {
+            int64_t block = MIN(align, end - done);
+
+            append_extent(extents, block, BDRV_BLOCK_DATA);
+            done += block;
+        }
     }
-    g_array_set_size(extents, i);
+}
+
+int64_t bdrv_block_extents_align(BlockDriverState *bs)
+{
+    IO_CODE();
+    return MAX(bs->bl.request_alignment, BDRV_SECTOR_SIZE);
 }
 
 int coroutine_fn
 bdrv_co_block_extents(BlockDriverState *bs, int64_t offset, int64_t bytes,
                       unsigned max, GArray *extents)
 {
+    g_autoptr(GArray) raw = NULL;
     guint first = extents->len;
-    int64_t len, start, align;
+    int64_t align = bdrv_block_extents_align(bs);
+    int64_t start = QEMU_ALIGN_DOWN(offset, align);
+    int64_t len, end;
     int ret;
 
     IO_CODE();
@@ -86,24 +116,23 @@ bdrv_co_block_extents(BlockDriverState *bs, int64_t offset, int64_t bytes,
         return 0;
     }
     bytes = MIN(bytes, len - offset);
+    end = ROUND_UP(offset + bytes, align);
 
-    if (!bs->drv->bdrv_co_block_extents) {
-        return co_block_extent(bs, offset, bytes, extents);
+    raw = g_array_new(false, false, sizeof(BdrvBlockExtent));
+    if (bs->drv->bdrv_co_block_extents) {
+        bdrv_inc_in_flight(bs);
+        ret = bs->drv->bdrv_co_block_extents(bs, start, end - start, max, raw);
+        bdrv_dec_in_flight(bs);
+    } else {
+        ret = co_block_extent(bs, start, MIN(end, len) - start, raw);
+    }
+    if (ret < 0) {
+        return ret;
     }
 
-    align = bs->bl.request_alignment;
-    start = QEMU_ALIGN_DOWN(offset, align);
-
-    bdrv_inc_in_flight(bs);
-    ret = bs->drv->bdrv_co_block_extents(bs, start,
-                                         ROUND_UP(offset + bytes, align) -
-                                         start, max, extents);
-    bdrv_dec_in_flight(bs);
-    if (ret >= 0) {
-        clamp_extents(extents, first, offset - start, bytes);
-        ret = 0;
-    }
-    return ret;
+    append_whole_blocks(extents, raw, start, MIN(end, len), align);
+    g_array_set_size(extents, MIN(extents->len, first + max));
+    return 0;
 }
 
 void bdrv_block_status_changed(BlockDriverState *bs)
@@ -117,5 +146,10 @@ void bdrv_block_status_changed(BlockDriverState *bs)
 unsigned bdrv_block_status_epoch(BlockDriverState *bs)
 {
     IO_CODE();
+    assert_bdrv_graph_readable();
+
+    if (bs->drv->bdrv_is_disconnected && bs->drv->bdrv_is_disconnected(bs)) {
+        bdrv_block_status_changed(bs);
+    }
     return qatomic_read(&bs->block_status_epoch);
 }

@@ -6,31 +6,33 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Answers to questions for the block status come from a set of extents.  What
- * is not in it is asked of the child, and then for everything from there on:
- * one question brings as many extents as one answer can hold, and all are kept.
- * Everything that is not block status goes to the child as it comes.
+ * Queries for the block status are answered from a set of extents.  What is not
+ * in it is asked of the child, up to the next extent that is known: one query
+ * brings as many extents as one answer can hold, and all are kept.  Everything
+ * that is not block status goes to the child as it comes.
+ *
+ * An extent tells what its bytes contain, data or zeroes, and not what the
+ * child has allocated.  A request that changes bytes makes nothing else
+ * unknown, whatever a server allocates around them.  What is neither data nor
+ * known to read as zero is not kept.
  *
  * What is kept stays true because
  * - nobody else in this process may write to the child or resize it
  *   (cacheextents_child_perm());
- * - each request that can change the status is registered while it is active.
- *   When it begins and when it ends, all extents that it touches are dropped as
- *   a whole: a server may allocate more than what was written.  A question that
- *   is in flight at any moment of the request notes its range, and drops that
- *   of its answer which the range touches (CacheExtentsQuestion).  If a later
- *   answer was kept before its own, which may know of the request what it does
- *   not, it keeps nothing;
- * - if anything else can have changed the child, its epoch is another one, and
- *   everything is dropped (cacheextents_check_epoch_locked()).
+ * - while a query is in flight, the set has expected extents where it asks, and
+ *   the answer is kept only where they still are.  A request that changes bytes
+ *   removes what is known and what is expected, and nothing can be expected
+ *   there before it has ended;
+ * - if anything else can have changed the child, or its server is gone, its
+ *   epoch is another one, and everything is forgotten
+ *   (cacheextents_check_epoch_locked()).
  *
  * Only children without children of their own are cached, which are protocol
- * nodes: others do not see all that changes below them.  Their questions are
- * passed on.  When a question fails, the child is asked once more for what the
- * caller wants to know: it may well have an answer for a smaller range.
+ * nodes: others do not see all that changes below them.  Queries for them are
+ * passed on.
  *
  * Extents start and end at sectors and at blocks of the child, because callers
- * round to those.  A block that has more than one status is data.
+ * round to those.
  */
 
 #include "qemu/osdep.h"
@@ -40,10 +42,9 @@
 #include "block/block_int.h"
 #include "qapi/error.h"
 #include "qemu/cutils.h"
-#include "qemu/interval-tree.h"
+#include "qemu/extent-set.h"
 #include "qemu/module.h"
 #include "qemu/option.h"
-#include "qemu/range.h"
 #include "qobject/qdict.h"
 #include "trace.h"
 
@@ -53,43 +54,17 @@
 #define LARGEST_MAX_EXTENTS (16 * 1024 * 1024)
 
 /*
- * A block that has several statuses.  It is data for all who ask, but is a part
- * of the child's extents on both sides of it.
+ * A child that has refused a query for many extents gets so many queries for
+ * one extent before the next one for many: it may have been a passing error.
  */
-#define CACHED_MIXED (1 << 30)
+#define QUERIES_AFTER_REFUSAL 1000
 
-/* A question that overlaps with more changes than this keeps nothing */
-#define MAX_NOTED_CHANGES 1024
-
-/*
- * What is known about the bytes from @node.start to @last.  If an answer ended
- * there, the child's extent can be longer.  Then @node.last is where it can go
- * to at most, which is before the next extent that is known; else it is @last.
- */
-typedef struct CachedExtent {
-    IntervalTreeNode node;
-    uint64_t last;
-    int flags;
-    bool open_start; /* an answer began here, the child's extent may not */
-} CachedExtent;
-
-/* A request that can change the block status */
+/* A request that can change the contents, while it is active */
 typedef struct CacheExtentsChange {
-    Range range;
+    int64_t offset;
+    int64_t bytes;
     QLIST_ENTRY(CacheExtentsChange) next;
 } CacheExtentsChange;
-
-/* A question to the child that is in flight, about all from @start on */
-typedef struct CacheExtentsQuestion {
-    int64_t start;
-    /* Of all changes that were active since it was asked; NULL: do not keep */
-    GArray *changed;
-    /* Since it was asked, another answer was kept */
-    bool overtaken;
-    /* Coroutines that hope for its answer */
-    CoQueue waiters;
-    QLIST_ENTRY(CacheExtentsQuestion) next;
-} CacheExtentsQuestion;
 
 typedef struct BDRVCacheExtentsState {
     /* Protects everything below; never held over a yield */
@@ -97,20 +72,23 @@ typedef struct BDRVCacheExtentsState {
 
     uint64_t max_extents;
 
-    /* Of CachedExtent, which do not overlap */
-    IntervalTreeRoot extents;
-    uint64_t nb_extents;
+    /*
+     * The flags are BDRV_BLOCK_DATA and BDRV_BLOCK_ZERO; the owner of what is
+     * expected is a CoQueue of those who wait for the query
+     */
+    ExtentSet *extents;
     /* The child's epoch, and its block size, for which they are true */
     unsigned epoch;
     int64_t block;
+    /* How often the child is asked for one extent because it refused many */
+    unsigned single_queries;
 
     QLIST_HEAD(, CacheExtentsChange) changes;
-    QLIST_HEAD(, CacheExtentsQuestion) questions;
 
     /* See BlockStatsSpecificCacheExtents in the QAPI schema */
     uint64_t hits;
     uint64_t misses;
-    uint64_t nb_questions;
+    uint64_t nb_queries;
     uint64_t invalidations;
 } BDRVCacheExtentsState;
 
@@ -156,228 +134,41 @@ static bool cacheextents_absorb_opts(uint64_t *max_extents, QDict *options,
     return true;
 }
 
-/* ---- The set of extents ---- */
-
-/* The first extent that overlaps the range, or NULL.  s->lock is held. */
-static CachedExtent *
-cacheextents_first_locked(BDRVCacheExtentsState *s, uint64_t start,
-                          uint64_t last)
-{
-    IntervalTreeNode *node = interval_tree_iter_first(&s->extents, start, last);
-
-    return node ? container_of(node, CachedExtent, node) : NULL;
-}
-
-/* Called with s->lock held */
-static void cacheextents_drop_locked(BDRVCacheExtentsState *s, CachedExtent *e)
-{
-    interval_tree_remove(&e->node, &s->extents);
-    s->nb_extents--;
-    g_free(e);
-}
-
-/* Called with s->lock held */
-static void cacheextents_forget_locked(BDRVCacheExtentsState *s)
-{
-    CachedExtent *e;
-
-    while ((e = cacheextents_first_locked(s, 0, UINT64_MAX))) {
-        cacheextents_drop_locked(s, e);
-    }
-}
-
-/* The extent that has the byte at @offset, or NULL.  s->lock is held. */
-static CachedExtent *cacheextents_at_locked(BDRVCacheExtentsState *s,
-                                            uint64_t offset)
-{
-    CachedExtent *e = cacheextents_first_locked(s, offset, offset);
-
-    return e && offset <= e->last ? e : NULL;
-}
-
-/*
- * Whether a change of something with these flags can change what is beside it.
- * (What is data because it is mixed stays data.)
- */
-static bool cacheextents_can_be_one(int flags, int neighbour)
-{
-    return !(neighbour & CACHED_MIXED) &&
-           (flags == neighbour || flags & CACHED_MIXED);
-}
-
-/*
- * The child's extent changes.  Answers can have cut it into any number of
- * extents, and what is between them need not be known.  Drop them all.  Called
- * with s->lock held.
- */
-static void cacheextents_drop_whole_locked(BDRVCacheExtentsState *s,
-                                           CachedExtent *e)
-{
-    uint64_t start = e->node.start;
-    uint64_t last = e->last;
-    bool open_end = e->last != e->node.last;
-    int flags_before = e->flags;
-    int flags_after = e->flags;
-
-    s->invalidations++;
-    cacheextents_drop_locked(s, e);
-
-    while ((e = cacheextents_first_locked(s, last + 1, UINT64_MAX)) &&
-           (e->node.start == last + 1 || open_end || e->open_start) &&
-           cacheextents_can_be_one(flags_after, e->flags))
-    {
-        flags_after = e->flags;
-        last = e->last;
-        open_end = e->last != e->node.last;
-        s->invalidations++;
-        cacheextents_drop_locked(s, e);
-    }
-
-    while (start && (e = cacheextents_first_locked(s, start - 1, start - 1)) &&
-           cacheextents_can_be_one(flags_before, e->flags))
-    {
-        flags_before = e->flags;
-        start = e->node.start;
-        s->invalidations++;
-        cacheextents_drop_locked(s, e);
-    }
-}
-
-/*
- * The child changes in this range: drop all extents that it touches, as far as
- * they may go.  Called with s->lock held.
- */
-static void cacheextents_invalidate_locked(BDRVCacheExtentsState *s,
-                                           Range *range)
-{
-    CachedExtent *e;
-
-    while ((e = cacheextents_first_locked(s, range_lob(range),
-                                          range_upb(range))))
-    {
-        cacheextents_drop_whole_locked(s, e);
-    }
-    e = cacheextents_first_locked(s, range_upb(range), UINT64_MAX);
-    if (e && e->open_start) {
-        cacheextents_drop_whole_locked(s, e);
-    }
-}
-
-/*
- * Make room for an answer of @nb extents that begins at @start and goes to
- * @last.  What it says is newer than what was known.  If there are too many
- * extents, the first ones go: most users look at one range after the other.
- * Called with s->lock held.
- */
-static void cacheextents_make_room_locked(BDRVCacheExtentsState *s,
-                                          uint64_t start, uint64_t last,
-                                          uint64_t nb)
-{
-    CachedExtent *e, *next;
-    int flags;
-
-    while ((e = cacheextents_first_locked(s, start, last))) {
-        if (e->node.start >= start && e->last <= last) {
-            cacheextents_drop_locked(s, e);
-            continue;
-        }
-        interval_tree_remove(&e->node, &s->extents);
-        if (e->node.start < start) {
-            e->last = MIN(e->last, start - 1);
-            e->node.last = start - 1;
-        } else {
-            e->node.start = last + 1;
-            e->open_start = false;
-        }
-        interval_tree_insert(&e->node, &s->extents);
-    }
-    while (s->nb_extents + nb > s->max_extents) {
-        e = cacheextents_first_locked(s, 0, UINT64_MAX);
-        flags = e->flags;
-        cacheextents_drop_locked(s, e);
-        next = cacheextents_first_locked(s, 0, UINT64_MAX);
-        if (next && cacheextents_can_be_one(flags, next->flags)) {
-            next->open_start = true;
-        }
-    }
-}
-
-/* Keep as much of an answer as there can be extents.  s->lock is held. */
-static void cacheextents_keep_locked(BDRVCacheExtentsState *s, int64_t start,
-                                     const GArray *answer)
-{
-    guint nb = MIN(answer->len, s->max_extents);
-    int64_t end = start;
-    uint64_t limit = UINT64_MAX;
-    bool open_start;
-    CachedExtent *e;
-
-    for (guint i = 0; i < nb; i++) {
-        end += g_array_index(answer, BdrvBlockExtent, i).bytes;
-    }
-    cacheextents_make_room_locked(s, start, end - 1, nb);
-
-    /* If a neighbour is known, the extent ends there, or the two are twins */
-    open_start = start && !cacheextents_at_locked(s, start - 1);
-    e = cacheextents_first_locked(s, end, UINT64_MAX);
-    if (e) {
-        limit = e->node.start - 1;
-    }
-
-    for (guint i = 0; i < nb; i++) {
-        const BdrvBlockExtent *extent = &g_array_index(answer, BdrvBlockExtent,
-                                                       i);
-
-        e = g_new(CachedExtent, 1);
-        e->last = start + extent->bytes - 1;
-        e->node.start = start;
-        e->node.last = i == nb - 1 ? limit : e->last;
-        e->flags = extent->flags;
-        e->open_start = i == 0 && open_start;
-        interval_tree_insert(&e->node, &s->extents);
-        start += extent->bytes;
-    }
-    s->nb_extents += nb;
-}
-
 /* ---- Changes ---- */
 
 /* Called with s->lock held */
-static void cacheextents_note_change_locked(CacheExtentsQuestion *q,
-                                            Range *range)
+static uint64_t cacheextents_clear_locked(BDRVCacheExtentsState *s,
+                                          CacheExtentsChange *change)
 {
-    if (!q->changed) {
-        return;
-    }
-    if (q->changed->len == MAX_NOTED_CHANGES) {
-        g_array_unref(q->changed);
-        q->changed = NULL;
-        return;
-    }
-    g_array_append_val(q->changed, *range);
+    uint64_t end = change->offset + MAX(change->bytes, 1);
+
+    /* There are no extents before there is a block size */
+    return s->block ?
+        extent_set_clear(s->extents, QEMU_ALIGN_DOWN(change->offset, s->block),
+                         ROUND_UP(end, s->block) - 1) : 0;
 }
 
 /*
  * A request of our user is going to change this range of the child.  To be
- * followed by cacheextents_end_change(), whatever becomes of it.
+ * called before the child sees it.  The caller owns @change, and passes it to
+ * cacheextents_end_change() when the child is done, also if it failed.
  */
 static void cacheextents_begin_change(BlockDriverState *bs,
                                       CacheExtentsChange *change,
                                       int64_t offset, int64_t bytes)
 {
     BDRVCacheExtentsState *s = bs->opaque;
-    CacheExtentsQuestion *q;
 
-    range_set_bounds(&change->range, offset, offset + MAX(bytes, 1) - 1);
+    change->offset = offset;
+    change->bytes = bytes;
     trace_cacheextents_change(bs, offset, bytes);
 
     QEMU_LOCK_GUARD(&s->lock);
 
     QLIST_INSERT_HEAD(&s->changes, change, next);
-    cacheextents_invalidate_locked(s, &change->range);
-    QLIST_FOREACH(q, &s->questions, next) {
-        cacheextents_note_change_locked(q, &change->range);
-    }
+    s->invalidations += cacheextents_clear_locked(s, change);
+    /* It can have made two extents of one */
+    extent_set_limit(s->extents, s->max_extents, UINT64_MAX, UINT64_MAX);
 }
 
 static void cacheextents_end_change(BlockDriverState *bs,
@@ -387,11 +178,21 @@ static void cacheextents_end_change(BlockDriverState *bs,
 
     QEMU_LOCK_GUARD(&s->lock);
 
+    /* Nothing was expected in its range meanwhile */
     QLIST_REMOVE(change, next);
-    cacheextents_invalidate_locked(s, &change->range);
 }
 
-/* ---- Questions ---- */
+/* ---- Queries ---- */
+
+/* Called with s->lock held, or where no request can be in flight */
+static void cacheextents_forget_locked(BlockDriverState *bs)
+{
+    BDRVCacheExtentsState *s = bs->opaque;
+
+    trace_cacheextents_forget(bs, extent_set_count(s->extents));
+    extent_set_clear(s->extents, 0, UINT64_MAX);
+    s->single_queries = 0;
+}
 
 /* Whether nobody but us can change the child, as far as this process goes */
 static bool GRAPH_RDLOCK cacheextents_can_keep(BlockDriverState *bs)
@@ -404,180 +205,137 @@ static void GRAPH_RDLOCK cacheextents_check_epoch_locked(BlockDriverState *bs)
 {
     BDRVCacheExtentsState *s = bs->opaque;
     unsigned epoch = bdrv_block_status_epoch(bs->file->bs);
-    int64_t block = MAX(MAX(bs->bl.request_alignment, BDRV_SECTOR_SIZE),
-                        bs->file->bs->bl.request_alignment);
+    int64_t block = bdrv_block_extents_align(bs->file->bs);
 
     if (s->epoch != epoch || s->block != block) {
-        trace_cacheextents_forget(bs, s->nb_extents);
-        cacheextents_forget_locked(s);
+        cacheextents_forget_locked(bs);
         s->epoch = epoch;
         s->block = block;
     }
 }
 
-static void append_extent(GArray *extents, int64_t bytes, int flags)
-{
-    BdrvBlockExtent extent = { .bytes = bytes, .flags = flags };
-    BdrvBlockExtent *last = extents->len ?
-        &g_array_index(extents, BdrvBlockExtent, extents->len - 1) : NULL;
-
-    if (last && last->flags == flags) {
-        last->bytes += bytes;
-    } else {
-        g_array_append_val(extents, extent);
-    }
-}
-
 /*
- * What @answer, which begins at a block and was asked for up to @end (the end
- * of the child), says of whole blocks.  A block that has several statuses is
- * data.  So is the last one if the answer ends inside of it, but if it is not
- * the first one it is better asked for again.
- */
-static GArray *cacheextents_whole_blocks(const GArray *answer, int64_t start,
-                                         int64_t end, int64_t block)
-{
-    GArray *result = g_array_new(false, false, sizeof(BdrvBlockExtent));
-    int64_t pos = start;    /* where the extent ends */
-    int64_t done = start;   /* where the result ends, a multiple of @block */
-    guint i = 0;
-
-    while (i < answer->len) {
-        int flags = g_array_index(answer, BdrvBlockExtent, i).flags;
-        int64_t whole;
-
-        do {
-            pos += g_array_index(answer, BdrvBlockExtent, i).bytes;
-            i++;
-        } while (i < answer->len &&
-                 g_array_index(answer, BdrvBlockExtent, i).flags == flags);
-
-        whole = pos < end ? QEMU_ALIGN_DOWN(pos, block) : ROUND_UP(pos, block);
-        if (whole > done) {
-            append_extent(result, whole - done, flags);
-            done = whole;
-        }
-        if (pos > done && (i < answer->len || done == start)) {
-            append_extent(result, block, BDRV_BLOCK_DATA | CACHED_MIXED |
-                          (flags & BDRV_BLOCK_OFFSET_VALID));
-            done += block;
-        }
-    }
-    return result;
-}
-
-/*
- * Ask the child for what lies between @start and @end.
+ * Expect the answer of a query from @start on, to the next extent that is known
+ * or expected behind @offset.  Called with s->lock held.
  *
- * Returns: 0, and the answer in whole blocks in *@answer, to be freed by the
- * caller; it is empty beyond the end of the child.  Else a negative errno.
+ * Returns: the last byte of that range.
  */
-static int coroutine_fn GRAPH_RDLOCK
-cacheextents_co_ask(BlockDriverState *bs, int64_t start, int64_t end,
-                    int64_t block, unsigned max, GArray **answer)
+static int64_t cacheextents_expect_locked(BDRVCacheExtentsState *s,
+                                          int64_t start, int64_t offset,
+                                          CoQueue *query)
 {
-    BlockDriverState *child = bs->file->bs;
-    g_autoptr(GArray) extents = g_array_new(false, false,
-                                            sizeof(BdrvBlockExtent));
-    int64_t len = bdrv_co_getlength(child);
-    int ret = len < 0 ? len : 0;
+    Extent new = { .start = start, .last = INT64_MAX - 1, .owner = query };
+    CacheExtentsChange *change;
+    Extent e;
 
-    end = MIN(end, len);
-    if (end > start) {
-        ret = bdrv_co_block_extents(child, start, end - start, max, extents);
+    if (extent_set_first(s->extents, offset, new.last, &e)) {
+        /* If another query has not brought @offset, take over from there */
+        new.last = e.start > offset ? e.start - 1 : e.last;
     }
-    trace_cacheextents_ask(bs, start, extents->len, ret);
-    if (ret >= 0) {
-        *answer = cacheextents_whole_blocks(extents, start, end, block);
+    extent_set_add(s->extents, &new);
+    QLIST_FOREACH(change, &s->changes, next) {
+        cacheextents_clear_locked(s, change);
     }
-    return ret;
+    return new.last;
 }
 
 /*
- * Ask the child for everything from @start on, and keep of the answer what may
- * be kept.  The answer is returned as well, as by cacheextents_co_ask().
- * Called with s->lock held, which is released meanwhile.
+ * Keep @answer, which begins at @start, where it is still expected, and expect
+ * nothing more of @query up to @last.  Called with s->lock held.
+ */
+static void cacheextents_keep_locked(BDRVCacheExtentsState *s, CoQueue *query,
+                                     uint64_t start, uint64_t last,
+                                     const GArray *answer)
+{
+    uint64_t pos = start;
+    Extent e;
+
+    extent_set_limit(s->extents, s->max_extents - answer->len, start, last);
+    for (guint i = 0; i <= answer->len; i++) {
+        BdrvBlockExtent extent = { .bytes = last + 1 - pos };
+        uint64_t end;
+
+        if (i < answer->len) {
+            extent = g_array_index(answer, BdrvBlockExtent, i);
+        }
+        end = pos + extent.bytes;
+        while (pos < end && extent_set_first(s->extents, pos, end - 1, &e)) {
+            e.start = MAX(e.start, pos);
+            e.last = MIN(e.last, end - 1);
+            pos = e.last + 1;
+            if (e.owner == query) {
+                e.flags = extent.flags;
+                e.owner = NULL;
+                if (e.flags) {
+                    extent_set_add(s->extents, &e);
+                } else {
+                    extent_set_clear(s->extents, e.start, e.last);
+                }
+            }
+        }
+        pos = end;
+    }
+    /* Changes can have made several extents of one */
+    extent_set_limit(s->extents, s->max_extents, UINT64_MAX, UINT64_MAX);
+}
+
+/*
+ * Ask the child for everything from @start on that is not known, and keep of
+ * the answer what may be kept.  If the child refuses that, ask for one extent,
+ * up to @offset + @bytes.  Called with s->lock held, which is released
+ * meanwhile.
+ *
+ * Returns: 0, and the extent at @start in *@extent; it is empty beyond the end
+ * of the child.  Else a negative errno.
  */
 static int coroutine_fn GRAPH_RDLOCK
-cacheextents_co_learn_locked(BlockDriverState *bs, int64_t start,
-                             GArray **answer)
+cacheextents_co_query_locked(BlockDriverState *bs, int64_t start,
+                             int64_t offset, int64_t bytes,
+                             BdrvBlockExtent *extent)
 {
     BDRVCacheExtentsState *s = bs->opaque;
-    CacheExtentsQuestion q = {
-        .start = start,
-        .changed = g_array_new(false, false, sizeof(Range)),
-    };
-    CacheExtentsQuestion *other;
-    CacheExtentsChange *change;
+    BlockDriverState *child = bs->file->bs;
+    g_autoptr(GArray) answer = g_array_new(false, false,
+                                           sizeof(BdrvBlockExtent));
+    CoQueue query;
     unsigned epoch = s->epoch;
-    int64_t block = s->block;
-    uint64_t max = s->max_extents;
-    int ret;
+    bool single = s->single_queries;
+    bool refused = false;
+    int64_t last, single_bytes;
+    int ret = 0;
 
-    qemu_co_queue_init(&q.waiters);
-    QLIST_FOREACH(change, &s->changes, next) {
-        cacheextents_note_change_locked(&q, &change->range);
-    }
-    QLIST_INSERT_HEAD(&s->questions, &q, next);
+    qemu_co_queue_init(&query);
+    last = cacheextents_expect_locked(s, start, offset, &query);
+    single_bytes = MIN(ROUND_UP(offset + bytes, s->block), last + 1) - start;
+    s->single_queries -= single;
     qemu_mutex_unlock(&s->lock);
 
-    ret = cacheextents_co_ask(bs, start, INT64_MAX, block, max, answer);
+    if (!single) {
+        ret = bdrv_co_block_extents(child, start, last + 1 - start,
+                                    s->max_extents, answer);
+        trace_cacheextents_query(bs, start, answer->len, ret);
+        refused = ret < 0 && ret != -ENOTSUP;
+    }
+    if (single || refused) {
+        int single_ret = bdrv_co_block_extents(child, start, single_bytes, 1,
+                                               answer);
+
+        trace_cacheextents_query(bs, start, answer->len, single_ret);
+        ret = single || single_ret == 0 ? single_ret : ret;
+    }
 
     qemu_mutex_lock(&s->lock);
-    QLIST_REMOVE(&q, next);
-    s->nb_questions += ret != -ENOTSUP;
+    s->nb_queries += refused + (ret != -ENOTSUP);
     cacheextents_check_epoch_locked(bs);
-    if (ret >= 0 && (*answer)->len && s->epoch == epoch &&
-        q.changed && !(q.overtaken && q.changed->len))
-    {
-        cacheextents_keep_locked(s, start, *answer);
-        QLIST_FOREACH(other, &s->questions, next) {
-            other->overtaken = true;
-        }
-        for (guint i = 0; i < q.changed->len; i++) {
-            cacheextents_invalidate_locked(s, &g_array_index(q.changed, Range,
-                                                             i));
-        }
+    if (refused && ret == 0 && s->epoch == epoch) {
+        s->single_queries = QUERIES_AFTER_REFUSAL;
     }
-    qemu_co_queue_restart_all(&q.waiters);
-    g_clear_pointer(&q.changed, g_array_unref);
+    cacheextents_keep_locked(s, &query, start, last, answer);
+    qemu_co_queue_restart_all(&query);
+
+    *extent = answer->len ? g_array_index(answer, BdrvBlockExtent, 0) :
+              (BdrvBlockExtent) { 0 };
     return ret;
-}
-
-/*
- * Look for the status at @offset in the set.  Called with s->lock held.
- *
- * Returns: its flags, and in *@pnum for how many bytes they are true; -ENOENT
- * if it is not known.
- */
-static int cacheextents_find_locked(BDRVCacheExtentsState *s, int64_t offset,
-                                    int64_t *pnum)
-{
-    CachedExtent *e = cacheextents_at_locked(s, offset);
-
-    if (!e) {
-        return -ENOENT;
-    }
-    s->hits++;
-    *pnum = e->last + 1 - offset;
-    return e->flags & ~CACHED_MIXED;
-}
-
-/* As cacheextents_find_locked(), in an answer that begins at @start */
-static int cacheextents_find_in(const GArray *answer, int64_t start,
-                                int64_t offset, int64_t *pnum)
-{
-    for (guint i = 0; i < answer->len; i++) {
-        const BdrvBlockExtent *extent = &g_array_index(answer, BdrvBlockExtent,
-                                                       i);
-
-        start += extent->bytes;
-        if (offset < start) {
-            *pnum = start - offset;
-            return extent->flags & ~CACHED_MIXED;
-        }
-    }
-    return -ENOENT;
 }
 
 /*
@@ -593,46 +351,39 @@ cacheextents_co_find(BlockDriverState *bs, int64_t offset, int64_t bytes,
                      int64_t *pnum)
 {
     BDRVCacheExtentsState *s = bs->opaque;
-    g_autoptr(GArray) answer = NULL;
-    CacheExtentsQuestion *q;
+    BdrvBlockExtent extent;
     int64_t start;
+    bool found;
+    Extent e;
     int ret;
 
     QEMU_LOCK_GUARD(&s->lock);
 
     cacheextents_check_epoch_locked(bs);
-    ret = cacheextents_find_locked(s, offset, pnum);
-    if (ret == -ENOENT) {
-        /* Somebody else may be about to get the answer; wait only once */
-        QLIST_FOREACH(q, &s->questions, next) {
-            if (q->start <= offset) {
-                qemu_co_queue_wait(&q->waiters, &s->lock);
-                cacheextents_check_epoch_locked(bs);
-                ret = cacheextents_find_locked(s, offset, pnum);
-                break;
-            }
-        }
+    found = extent_set_first(s->extents, offset, offset, &e);
+    if (found && e.owner) {
+        /* Somebody else is about to get the answer; wait only once */
+        qemu_co_queue_wait(e.owner, &s->lock);
+        cacheextents_check_epoch_locked(bs);
+        found = extent_set_first(s->extents, offset, offset, &e);
     }
-    if (ret == -ENOENT) {
-        s->misses++;
-        start = QEMU_ALIGN_DOWN(offset, s->block);
-        ret = cacheextents_co_learn_locked(bs, start, &answer);
-        if (ret < 0 && ret != -ENOTSUP) {
-            int64_t block = s->block;
+    if (found && !e.owner) {
+        s->hits++;
+        *pnum = e.last + 1 - offset;
+        return e.flags;
+    }
 
-            /* The child may well have an answer to a smaller question */
-            qemu_mutex_unlock(&s->lock);
-            if (cacheextents_co_ask(bs, start, offset + bytes, block, 1,
-                                    &answer) == 0) {
-                ret = 0;
-            }
-            qemu_mutex_lock(&s->lock);
-        }
-        if (ret >= 0) {
-            ret = cacheextents_find_in(answer, start, offset, pnum);
-        }
+    s->misses++;
+    start = QEMU_ALIGN_DOWN(offset, s->block);
+    ret = cacheextents_co_query_locked(bs, start, offset, bytes, &extent);
+    if (ret < 0) {
+        return ret;
     }
-    return ret;
+    if (extent.bytes <= offset - start) {
+        return -ENOENT;
+    }
+    *pnum = extent.bytes - (offset - start);
+    return extent.flags;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -651,9 +402,9 @@ cacheextents_co_block_status(BlockDriverState *bs, bool want_zero,
     }
     if (ret == -ENOTSUP || ret == -ENOENT) {
         *pnum = bytes;
-        ret = BDRV_BLOCK_RAW | BDRV_BLOCK_OFFSET_VALID;
+        ret = BDRV_BLOCK_RAW;
     }
-    return ret;
+    return ret < 0 ? ret : ret | BDRV_BLOCK_OFFSET_VALID;
 }
 
 /* ---- Everything else ---- */
@@ -769,15 +520,14 @@ cacheextents_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     return ret;
 }
 
-/* No question is under way whose answer would be kept */
+/* Nor is the answer kept of a query that is in flight */
 static void cacheextents_forget(BlockDriverState *bs)
 {
     BDRVCacheExtentsState *s = bs->opaque;
 
     QEMU_LOCK_GUARD(&s->lock);
 
-    trace_cacheextents_forget(bs, s->nb_extents);
-    cacheextents_forget_locked(s);
+    cacheextents_forget_locked(bs);
 }
 
 static void coroutine_fn GRAPH_RDLOCK
@@ -828,10 +578,11 @@ static int cacheextents_open(BlockDriverState *bs, QDict *options, int flags,
     /* Before cacheextents_set_perm() */
     qemu_mutex_init(&s->lock);
     QLIST_INIT(&s->changes);
-    QLIST_INIT(&s->questions);
+    s->extents = extent_set_new();
 
     ret = bdrv_open_file_child(NULL, options, "file", bs, errp);
     if (ret < 0) {
+        extent_set_free(s->extents);
         qemu_mutex_destroy(&s->lock);
         return ret;
     }
@@ -853,7 +604,7 @@ static void cacheextents_close(BlockDriverState *bs)
 
     GLOBAL_STATE_CODE();
 
-    cacheextents_forget_locked(s);
+    extent_set_free(s->extents);
     qemu_mutex_destroy(&s->lock);
 }
 
@@ -899,8 +650,8 @@ cacheextents_get_specific_stats(BlockDriverState *bs)
     stats->u.cacheextents = (BlockStatsSpecificCacheExtents) {
         .hits = s->hits,
         .misses = s->misses,
-        .questions = s->nb_questions,
-        .extents = s->nb_extents,
+        .queries = s->nb_queries,
+        .extents = extent_set_count(s->extents),
         .invalidations = s->invalidations,
     };
     return stats;

@@ -8,8 +8,8 @@
  *
  * The disk yields before and after what a request does, can hold requests at
  * both places, and remembers what the status of each of its blocks was at what
- * time.  So an answer can be compared with all that was true while the question
- * was in flight.
+ * time, and when requests have changed them.  So an answer can be compared with
+ * all that it may say.
  */
 
 #ifndef TESTS_UNIT_CACHEEXTENTS_DISK_H
@@ -23,6 +23,7 @@
 
 #define MAX_BLOCKS 512
 #define HISTORY 64
+#define CHANGES 8
 
 #define DATA (BDRV_BLOCK_DATA | BDRV_BLOCK_OFFSET_VALID)
 #define ZERO (BDRV_BLOCK_ZERO | BDRV_BLOCK_OFFSET_VALID)
@@ -43,6 +44,11 @@ typedef struct Status {
     int flags;
 } Status;
 
+/* When a request has changed a block, the latest times last */
+typedef struct Changes {
+    uint64_t times[CHANGES];
+} Changes;
+
 /* Where requests are held */
 enum { HOLD_NEVER, HOLD_BEFORE, HOLD_AFTER };
 
@@ -55,20 +61,28 @@ typedef struct Disk {
     uint64_t now;       /* counts the changes */
     /* The latest ones come last; those that were never made are 0 */
     Status history[MAX_BLOCKS][HISTORY];
+    /* For each block of request alignment, or sector */
+    Changes *changes;
+    int64_t nb_changes;
     GRand *rand;
 
-    int hold_questions;
+    int hold_queries;
     int hold_changes;
-    CoQueue held_questions;
+    CoQueue held_queries;
     CoQueue held_changes;
     unsigned nb_held;
 
     unsigned percent_bad; /* of all requests */
-    int question_error;
+    int query_error;
+    int many_error;       /* of queries for many extents */
     unsigned connection;  /* counts reconnects */
+    bool disconnected;
 
-    unsigned nb_questions;
+    unsigned nb_queries;
+    unsigned nb_many;     /* of them, for many extents */
     unsigned nb_answered; /* extents */
+    int64_t asked_offset; /* by the last query */
+    int64_t asked_bytes;
     unsigned nb_cancels;
 } Disk;
 
@@ -80,7 +94,7 @@ static int disk_open(BlockDriverState *bs, QDict *options, int flags,
     Disk *d = bs->opaque;
 
     qemu_mutex_init(&d->lock);
-    qemu_co_queue_init(&d->held_questions);
+    qemu_co_queue_init(&d->held_queries);
     qemu_co_queue_init(&d->held_changes);
     d->rand = g_rand_new_with_seed(1);
     d->len = qdict_get_int(options, "len");
@@ -93,6 +107,7 @@ static void disk_close(BlockDriverState *bs)
 {
     Disk *d = bs->opaque;
 
+    g_free(d->changes);
     g_rand_free(d->rand);
     qemu_mutex_destroy(&d->lock);
 }
@@ -126,6 +141,26 @@ static void disk_set_locked(Disk *d, int64_t block, int flags)
     h[HISTORY - 1] = (Status) { .since = ++d->now, .flags = flags };
 }
 
+static int64_t disk_unit(Disk *d)
+{
+    return MAX(d->config.align, BDRV_SECTOR_SIZE);
+}
+
+/* A request has changed bytes; blocks that it has a part of count as a whole */
+static void disk_note_change_locked(Disk *d, int64_t offset, int64_t bytes)
+{
+    int64_t end = MIN(DIV_ROUND_UP(offset + bytes, disk_unit(d)),
+                      d->nb_changes);
+
+    d->now++;
+    for (int64_t i = offset / disk_unit(d); i < end; i++) {
+        uint64_t *times = d->changes[i].times;
+
+        memmove(times, times + 1, (CHANGES - 1) * sizeof(*times));
+        times[CHANGES - 1] = d->now;
+    }
+}
+
 static bool disk_chance(Disk *d, int percent)
 {
     return d->config.random && g_rand_int_range(d->rand, 0, 100) < percent;
@@ -141,18 +176,18 @@ static void coroutine_fn disk_hop_locked(Disk *d)
     }
 }
 
-static void coroutine_fn disk_wait_locked(Disk *d, bool question, int where)
+static void coroutine_fn disk_wait_locked(Disk *d, bool query, int where)
 {
-    while ((question ? d->hold_questions : d->hold_changes) == where) {
+    while ((query ? d->hold_queries : d->hold_changes) == where) {
         d->nb_held++;
-        qemu_co_queue_wait(question ? &d->held_questions : &d->held_changes,
+        qemu_co_queue_wait(query ? &d->held_queries : &d->held_changes,
                            &d->lock);
         d->nb_held--;
     }
     disk_hop_locked(d);
 }
 
-/* ---- Questions ---- */
+/* ---- Queries ---- */
 
 /* Where the extent that begins at @offset ends, at most at @end */
 static int64_t disk_extent_end_locked(Disk *d, int64_t offset, int64_t end)
@@ -167,6 +202,13 @@ static int64_t disk_extent_end_locked(Disk *d, int64_t offset, int64_t end)
     return MIN(block * d->config.grain, end);
 }
 
+static void disk_note_query_locked(Disk *d, int64_t offset, int64_t bytes)
+{
+    d->nb_queries++;
+    d->asked_offset = offset;
+    d->asked_bytes = bytes;
+}
+
 static int coroutine_fn
 disk_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
                      int64_t bytes, int64_t *pnum, int64_t *map,
@@ -177,10 +219,10 @@ disk_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
     int flags;
 
     QEMU_LOCK_GUARD(&d->lock);
-    d->nb_questions++;
+    disk_note_query_locked(d, offset, bytes);
     disk_wait_locked(d, true, HOLD_BEFORE);
-    if (d->question_error || disk_chance(d, d->percent_bad)) {
-        return d->question_error ?: -EIO;
+    if (d->query_error || disk_chance(d, d->percent_bad)) {
+        return d->query_error ?: -EIO;
     }
     flags = want_zero ? disk_flags_locked(d, block) : DATA;
     *pnum = bytes;
@@ -195,6 +237,13 @@ disk_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
     *file = bs;
     disk_wait_locked(d, true, HOLD_AFTER);
     return flags;
+}
+
+static bool disk_is_disconnected(BlockDriverState *bs)
+{
+    Disk *d = bs->opaque;
+
+    return d->disconnected;
 }
 
 static int coroutine_fn
@@ -212,10 +261,14 @@ disk_co_block_extents(BlockDriverState *bs, int64_t offset, int64_t bytes,
         int64_t pos = offset;
 
         g_array_set_size(extents, first);
-        d->nb_questions++;
+        disk_note_query_locked(d, offset, bytes);
+        d->nb_many += max > 1;
         disk_wait_locked(d, true, HOLD_BEFORE);
-        if (d->question_error || disk_chance(d, d->percent_bad)) {
-            return d->question_error ?: -EIO;
+        if (d->query_error || disk_chance(d, d->percent_bad)) {
+            return d->query_error ?: -EIO;
+        }
+        if (max > 1 && d->many_error) {
+            return d->many_error;
         }
         connection = d->connection;
         /* The server needs not look at everything at the same time */
@@ -270,6 +323,7 @@ static int coroutine_fn disk_change(BlockDriverState *bs, int64_t offset,
         }
     }
     d->len = MAX(d->len, ret < 0 || inside < 0 ? 0 : end);
+    disk_note_change_locked(d, offset, bytes);
     disk_wait_locked(d, false, HOLD_AFTER);
     return ret;
 }
@@ -334,6 +388,7 @@ disk_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
         disk_set_locked(d, block, ZERO);
     }
     d->len = offset;
+    disk_note_change_locked(d, 0, MAX_BLOCKS * d->config.grain);
     disk_wait_locked(d, false, HOLD_AFTER);
     return 0;
 }
@@ -373,10 +428,11 @@ static void disk_cancel_in_flight(BlockDriverState *bs)
 static BlockDriver bdrv_disk = {
     .format_name                = "cacheextents-test-disk",
     .bdrv_co_block_extents      = disk_co_block_extents,
+    .bdrv_is_disconnected       = disk_is_disconnected,
     DISK_CALLBACKS,
 };
 
-/* One that does not know questions for many extents */
+/* One that does not know queries for many extents */
 static BlockDriver bdrv_disk_one = {
     .format_name                = "cacheextents-test-disk-one",
     DISK_CALLBACKS,
@@ -397,6 +453,8 @@ static BlockDriverState *disk_new(const char *name, const DiskConfig *config)
                                    &error_abort);
     d = bs->opaque;
     d->config = *config;
+    d->nb_changes = DIV_ROUND_UP(MAX_BLOCKS * config->grain, disk_unit(d));
+    d->changes = g_new0(Changes, d->nb_changes);
     for (int64_t block = 0; block < MAX_BLOCKS; block++) {
         disk_set_locked(d, block, ZERO);
     }
@@ -406,17 +464,17 @@ static BlockDriverState *disk_new(const char *name, const DiskConfig *config)
     return bs;
 }
 
-static inline void disk_hold(Disk *d, int questions, int changes)
+static inline void disk_hold(Disk *d, int queries, int changes)
 {
-    bool wake_questions, wake_changes;
+    bool wake_queries, wake_changes;
 
     QEMU_LOCK_GUARD(&d->lock);
-    wake_questions = d->hold_questions != questions;
+    wake_queries = d->hold_queries != queries;
     wake_changes = d->hold_changes != changes;
-    d->hold_questions = questions;
+    d->hold_queries = queries;
     d->hold_changes = changes;
-    if (wake_questions) {
-        qemu_co_enter_all(&d->held_questions, &d->lock);
+    if (wake_queries) {
+        qemu_co_enter_all(&d->held_queries, &d->lock);
     }
     if (wake_changes) {
         qemu_co_enter_all(&d->held_changes, &d->lock);
@@ -439,17 +497,31 @@ static inline uint64_t disk_now(Disk *d)
 }
 
 /*
- * Whether @offset had this status at some time since @start.  It may be called
- * data because it shares a sector with data.  Without questions for many
- * extents, the block layer's own hint can call something data that was data.
+ * Whether an answer of now, to a query that began at @start, may say this of
+ * @offset.  It may be what was true at any time since the last request that had
+ * changed these bytes before @start: others do not change what they contain.
+ * Only if they contain anything it must be what was true since @start.
+ *
+ * They may be called data because they share a sector or a block with data.
+ * Without queries for many extents, the block layer's own hint can call
+ * something data that was data.
  */
 static inline bool disk_was(Disk *d, uint64_t start, int64_t offset, int flags)
 {
+    const Changes *changes = &d->changes[offset / disk_unit(d)];
     const Status *h;
 
     QEMU_LOCK_GUARD(&d->lock);
-    if (flags == DATA && (d->config.one || d->config.grain < 512)) {
+    if (flags == DATA && (d->config.one || d->config.grain % disk_unit(d))) {
         return true;
+    }
+    if (flags != UNKNOWN) {
+        int i = CHANGES - 1;
+
+        while (i >= 0 && changes->times[i] > start) {
+            i--;
+        }
+        start = i >= 0 ? changes->times[i] : 0;
     }
     h = d->history[offset / d->config.grain];
     for (int i = HISTORY - 1; i >= 0; i--) {
@@ -476,6 +548,7 @@ static inline void disk_reconnect(BlockDriverState *bs)
     for (int64_t b = 0; b < MAX_BLOCKS; b++) {
         disk_set_locked(d, b, states[g_rand_int_range(d->rand, 0, 4)]);
     }
+    disk_note_change_locked(d, 0, MAX_BLOCKS * d->config.grain);
 }
 
 #endif /* TESTS_UNIT_CACHEEXTENTS_DISK_H */

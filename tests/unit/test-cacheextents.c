@@ -97,13 +97,14 @@ typedef struct Op {
     int64_t pnum;
 } Op;
 
-/* Whether all of the range had the status at some time since @start */
+/* See disk_was() */
 static void check_status(Op *op, uint64_t start, int flags)
 {
     Disk *d = op->t->disk;
+    /* Each block of the disk, and some that requests can change alone */
+    int64_t step = MIN(d->config.grain, 7 * disk_unit(d));
 
-    for (int64_t pos = op->offset; pos < op->offset + op->pnum;
-         pos = (pos / d->config.grain + 1) * d->config.grain) {
+    for (int64_t pos = op->offset; pos < op->offset + op->pnum; pos += step) {
         if (!disk_was(d, start, pos, flags)) {
             g_error("offset %" PRId64 " (of %" PRId64 " from %" PRId64
                     "): was not %x", pos, op->pnum, op->offset, flags);
@@ -111,7 +112,7 @@ static void check_status(Op *op, uint64_t start, int flags)
     }
 }
 
-static void coroutine_fn op_question(Op *op)
+static void coroutine_fn op_query(Op *op)
 {
     BlockDriverState *bs = op->t->bs;
     BlockDriverState *file = NULL;
@@ -173,7 +174,7 @@ static void coroutine_fn op_entry(void *opaque)
                               NULL);
         break;
     default:
-        op_question(op);
+        op_query(op);
         ret = op->ret;
     }
     qatomic_store_release(&op->ret, ret);
@@ -211,10 +212,10 @@ static int status(Test *t, int64_t offset)
     return op_finish(op_start(t, OP_STATUS, offset, 512));
 }
 
-/* Ask for the status of everything; returns how many questions that took */
+/* Ask for the status of everything; returns how many queries that took */
 static unsigned map(Test *t)
 {
-    unsigned before = t->disk->nb_questions;
+    unsigned before = t->disk->nb_queries;
     int64_t offset = 0;
 
     while (offset < t->disk->len) {
@@ -226,7 +227,7 @@ static unsigned map(Test *t)
         offset += op->pnum;
         g_free(op);
     }
-    return t->disk->nb_questions - before;
+    return t->disk->nb_queries - before;
 }
 
 /* Wait until @nb requests are held by the disk */
@@ -259,7 +260,7 @@ static Test *new_striped(const DiskConfig *config, int64_t max_extents)
 
 static const DiskConfig plain = { .len = 64 * BLOCK, .grain = BLOCK };
 
-static void test_one_question(void)
+static void test_one_query(void)
 {
     Test *t = new_striped(&plain, 0);
 
@@ -268,9 +269,9 @@ static void test_one_question(void)
     g_assert_cmpint(op_finish(op_start(t, OP_IS_ALLOCATED, 0, BLOCK)), ==, 1);
     g_assert_cmpint(op_finish(op_start(t, OP_IS_ZERO, BLOCK, BLOCK)), ==, 1);
     g_assert_cmpint(op_finish(op_start(t, OP_IS_ZERO, 0, BLOCK)), ==, 0);
-    g_assert_cmpuint(t->disk->nb_questions, ==, 1);
+    g_assert_cmpuint(t->disk->nb_queries, ==, 1);
     g_assert_cmpuint(test_stats(t).extents, ==, 64);
-    g_assert_cmpuint(test_stats(t).questions, ==, 1);
+    g_assert_cmpuint(test_stats(t).queries, ==, 1);
     g_assert_cmpuint(test_stats(t).misses, ==, 1);
     g_assert_cmpuint(test_stats(t).hits, ==, 64 + 63 + 3);
     test_free(t);
@@ -287,7 +288,7 @@ static void test_always_precise(void)
     test_free(t);
 }
 
-static void test_one_extent_a_question(void)
+static void test_one_extent_a_query(void)
 {
     Test *t = new_striped(&(DiskConfig) { .len = 64 * BLOCK, .grain = BLOCK,
                                           .one = true }, 0);
@@ -299,149 +300,79 @@ static void test_one_extent_a_question(void)
     test_free(t);
 }
 
-/* A question for each reach of an answer, also where it cuts an extent */
+/* A query for each reach of an answer; all is one extent in the end */
 static void test_reach(void)
 {
-    static const DiskConfig config = {
-        .len = 64 * BLOCK, .grain = BLOCK, .reach = 16 * BLOCK - 512
-    };
-    Test *t = test_new(&config, 0);
+    Test *t = test_new(&(DiskConfig) { .len = 64 * BLOCK, .grain = BLOCK,
+                                       .reach = 16 * BLOCK - 512 }, 0);
 
     g_assert_cmpuint(map(t), ==, 5);
     g_assert_cmpuint(map(t), ==, 0);
-    /* This makes the first sector of the next answer data, too */
-    change_ok(t, OP_WRITE, 16 * BLOCK - 1024, 512);
-    g_assert_cmpint(status(t, 16 * BLOCK - 512), ==, DATA);
-    /* (It was all one extent) */
-    g_assert_cmpuint(map(t), ==, 4);
+    g_assert_cmpuint(test_stats(t).extents, ==, 1);
+    g_assert_cmpuint(test_stats(t).hits, ==, 1);
     test_free(t);
+}
 
-    /* And this makes the last blocks of the first answer data */
-    t = test_new(&config, 0);
-    map(t);
-    change_ok(t, OP_WRITE, 16 * BLOCK - 512, 512);
-    g_assert_cmpint(status(t, 15 * BLOCK), ==, DATA);
-    test_free(t);
-
-    /* The same without a second answer, which would begin there */
-    t = test_new(&config, 0);
-    status(t, 0);
-    change_ok(t, OP_WRITE, 16 * BLOCK - 512, 512);
-    g_assert_cmpint(status(t, 15 * BLOCK), ==, DATA);
-    test_free(t);
-
-    /* And without a first one, which would end there */
-    t = test_new(&config, 0);
-    status(t, 5 * BLOCK + 512);
-    change_ok(t, OP_WRITE, 5 * BLOCK, 512);
-    g_assert_cmpint(status(t, 5 * BLOCK + 512), ==, DATA);
-    test_free(t);
-
-    /* What is beyond a new answer is not forgotten */
-    t = test_new(&config, 0);
-    status(t, 8 * BLOCK);
-    status(t, 0);
-    status(t, 20 * BLOCK);
-    g_assert_cmpuint(t->disk->nb_questions, ==, 2);
-    test_free(t);
+/* A query is for what is not known, and for nothing else */
+static void check_asked(Test *t, unsigned before, int64_t offset, int64_t bytes)
+{
+    g_assert_cmpuint(t->disk->nb_queries, ==, before + 1);
+    g_assert_cmpint(t->disk->asked_offset, ==, offset);
+    g_assert_cmpint(t->disk->asked_bytes, ==, bytes);
 }
 
 /*
- * An extent of the disk that answers have cut into parts: a change in any of
- * them changes all, now or later.
+ * A change is forgotten in whole blocks, and everything else is remembered,
+ * whatever the disk has made of the blocks beside it.
  */
-static void test_parts(void)
-{
-    static const DiskConfig config = {
-        .len = 64 * BLOCK, .grain = BLOCK, .reach = 16 * BLOCK - 512
-    };
-    Op *question;
-    Test *t;
-
-    /* The second change is where the first one has left nothing */
-    t = test_new(&config, 0);
-    map(t);
-    change_ok(t, OP_WRITE, BLOCK, 512);
-    change_ok(t, OP_WRITE, 31 * BLOCK, 512);
-    g_assert_cmpint(status(t, 32 * BLOCK - 1024), ==, DATA);
-    test_free(t);
-
-    t = test_new(&config, 0);
-    map(t);
-    change_ok(t, OP_WRITE, 40 * BLOCK, 512);
-    change_ok(t, OP_WRITE, 16 * BLOCK - 512, 512);
-    g_assert_cmpint(status(t, 15 * BLOCK), ==, DATA);
-    test_free(t);
-
-    /* A block in four parts */
-    t = test_new(&(DiskConfig) { .len = 64 * BLOCK, .grain = BLOCK,
-                                 .reach = BLOCK / 4 }, 0);
-    map(t);
-    change_ok(t, OP_WRITE, 0, 512);
-    g_assert_cmpint(status(t, 3 * BLOCK / 4), ==, DATA);
-    test_free(t);
-
-    /* A sector between two parts is not known */
-    t = test_new(&(DiskConfig) { .len = 64 * BLOCK, .grain = BLOCK,
-                                 .reach = 16 * BLOCK - 1024 }, 0);
-    status(t, 0);
-    status(t, 16 * BLOCK - 512);
-    change_ok(t, OP_WRITE, 16 * BLOCK - 512, 512);
-    g_assert_cmpint(status(t, 15 * BLOCK), ==, DATA);
-    test_free(t);
-
-    /* One answer begins inside of a part, of which the beginning is kept */
-    t = test_new(&config, 0);
-    status(t, 0);
-    disk_hold(t->disk, HOLD_AFTER, HOLD_NEVER);
-    question = op_start(t, OP_STATUS, 20 * BLOCK, 512);
-    wait_held(t, 1);
-    t->disk->hold_questions = HOLD_NEVER;
-    status(t, 16 * BLOCK - 512);
-    let_go(t, &t->disk->held_questions);
-    op_finish(question);
-    g_assert_cmpuint(test_stats(t).extents, ==, 3);
-    change_ok(t, OP_WRITE, 16 * BLOCK - 512, 512);
-    g_assert_cmpint(status(t, 15 * BLOCK), ==, DATA);
-    test_free(t);
-}
-
-/* A change in a block of two extents, one of which goes on behind it */
-static void test_change_of_mixed_block(void)
-{
-    Test *t = test_new(&(DiskConfig) { .len = 64 * 6144, .grain = 6144,
-                                       .align = 4096 }, 0);
-
-    disk_set(t->disk, 2 * 6144, 6144, DATA);
-    g_assert_cmpint(status(t, 16384), ==, DATA);
-    g_assert_cmpint(status(t, 20480), ==, ZERO);
-    g_assert_cmpuint(t->disk->nb_questions, ==, 1);
-    change_ok(t, OP_WRITE, 16384, 4096);
-    g_assert_cmpint(status(t, 20480), ==, DATA);
-    test_free(t);
-}
-
-static void test_change_drops_whole_extents_only(void)
+static void test_change_forgets_its_blocks(void)
 {
     static const OpType types[] = { OP_WRITE, OP_ZERO, OP_UNMAP, OP_DISCARD };
-    Test *t = new_striped(&plain, 0);
 
-    map(t);
-    for (int i = 0; i < ARRAY_SIZE(types); i++) {
-        int64_t pos = (i * 9 + 3) * BLOCK;
-        unsigned before = t->disk->nb_questions;
-        unsigned extents = test_stats(t).extents;
+    for (int align = 512; align <= 4096; align *= 8) {
+        Test *t = new_striped(&(DiskConfig) { .len = 64 * BLOCK, .grain = BLOCK,
+                                              .align = align }, 0);
 
-        change_ok(t, types[i], pos + 512, 512);
-        g_assert_cmpuint(test_stats(t).invalidations, ==, i + 1);
-        g_assert_cmpuint(test_stats(t).extents, ==, extents - 1);
-        status(t, pos - 512);
-        status(t, pos + BLOCK);
-        g_assert_cmpuint(t->disk->nb_questions, ==, before);
-        status(t, pos);
-        g_assert_cmpuint(t->disk->nb_questions, ==, before + 1);
-        g_assert_cmpuint(map(t), ==, 0);
+        map(t);
+        for (int i = 0; i < ARRAY_SIZE(types); i++) {
+            int64_t pos = (i * 9 + 3) * BLOCK + 8192;
+            unsigned before = t->disk->nb_queries;
+            unsigned answered = t->disk->nb_answered;
+            unsigned extents = test_stats(t).extents;
+            int flags = status(t, pos);
+
+            change_ok(t, types[i], pos + 100, 600);
+            g_assert_cmpuint(test_stats(t).invalidations, ==, i + 1);
+            g_assert_cmpuint(test_stats(t).extents, ==, extents + 1);
+            g_assert_cmpint(status(t, pos - 512), ==, flags);
+            g_assert_cmpint(status(t, pos + MAX(1024, align)), ==, flags);
+            g_assert_cmpuint(t->disk->nb_queries, ==, before);
+            g_assert_cmpuint(map(t), ==, 1);
+            check_asked(t, before, pos, MAX(1024, align));
+            g_assert_cmpuint(t->disk->nb_answered, ==, answered + 1);
+            g_assert_cmpuint(map(t), ==, 0);
+        }
+        test_free(t);
     }
+}
+
+/* The disk of a guest that writes, and of which a mirror wants the status */
+static void test_disk_in_use(void)
+{
+    Test *t = test_new(&(DiskConfig) { .len = 256 * KiB, .grain = 512 }, 0);
+
+    for (int64_t pos = 0; pos < 256 * KiB; pos += 1024) {
+        disk_set(t->disk, pos, 512, DATA);
+    }
+    g_assert_cmpuint(map(t), ==, 1);
+    g_assert_cmpuint(t->disk->nb_answered, ==, 512);
+    for (int i = 0; i < 60; i++) {
+        change_ok(t, OP_WRITE, i * 4096, 1024);
+        g_assert_cmpuint(map(t), ==, 1);
+    }
+    g_assert_cmpuint(t->disk->nb_answered, ==, 512 + 60);
+    /* What has become the same is one extent */
+    g_assert_cmpuint(test_stats(t).extents, ==, 512 - 2 * 60);
     test_free(t);
 }
 
@@ -529,22 +460,68 @@ static void test_failed_change_drops(void)
     test_free(t);
 }
 
-/* When the large question fails, the child gets the plain one */
-static void test_failed_question(void)
+/* When the large query fails, the child gets a small one */
+static void test_failed_query(void)
 {
     Test *t = new_striped(&plain, 0);
     unsigned before;
 
-    t->disk->question_error = -EIO;
+    t->disk->query_error = -EIO;
     g_assert_cmpint(status(t, 0), ==, -EIO);
-    g_assert_cmpuint(t->disk->nb_questions, ==, 2);
-    t->disk->question_error = -ENOTSUP;
-    before = test_stats(t).questions;
+    g_assert_cmpuint(t->disk->nb_queries, ==, 2);
+    g_assert_cmpuint(test_stats(t).queries, ==, 2);
+    t->disk->query_error = -ENOTSUP;
+    before = test_stats(t).queries;
     g_assert_cmpint(status(t, 0), ==, -ENOTSUP);
-    g_assert_cmpuint(test_stats(t).questions, ==, before);
+    g_assert_cmpuint(test_stats(t).queries, ==, before);
     g_assert_cmpuint(test_stats(t).extents, ==, 0);
-    t->disk->question_error = 0;
+    /* Both have failed, so that this was no refusal */
+    t->disk->query_error = 0;
     g_assert_cmpuint(map(t), ==, 1);
+    test_free(t);
+}
+
+/* A child that refuses queries for many extents */
+static void test_refused_query(void)
+{
+    static const int errors[] = { -EINVAL, -EIO, -EOVERFLOW, -EPERM };
+
+    for (int i = 0; i < ARRAY_SIZE(errors); i++) {
+        Test *t = new_striped(&plain, 0);
+
+        t->disk->many_error = errors[i];
+        g_assert_cmpuint(map(t), ==, 64 + 1);
+        g_assert_cmpuint(test_stats(t).queries, ==, 64 + 1);
+        g_assert_cmpuint(map(t), ==, 0);
+        change_ok(t, OP_WRITE, 5 * BLOCK, 512);
+        g_assert_cmpuint(map(t), ==, 1);
+        g_assert_cmpuint(t->disk->nb_many, ==, 1);
+
+        /* It is asked again on another connection, */
+        disk_reconnect(t->disk_bs);
+        disk_set(t->disk, 0, 64 * BLOCK, ZERO);
+        g_assert_cmpuint(map(t), ==, 2);
+        g_assert_cmpuint(t->disk->nb_many, ==, 2);
+        test_free(t);
+    }
+}
+
+/* and when it may have been nothing but a passing error */
+static void test_refused_query_once(void)
+{
+    Test *t = new_striped(&plain, 0);
+    unsigned before;
+
+    t->disk->many_error = -EIO;
+    status(t, 0);
+    t->disk->many_error = 0;
+    before = t->disk->nb_queries;
+    while (t->disk->nb_many == 1) {
+        change_ok(t, OP_WRITE, 0, 512);
+        g_assert_cmpint(status(t, 0), ==, DATA);
+    }
+    g_assert_cmpuint(t->disk->nb_queries, ==, before + 1001);
+    g_assert_cmpuint(map(t), ==, 0);
     test_free(t);
 }
 
@@ -552,13 +529,13 @@ static void test_max_extents(void)
 {
     Test *t = new_striped(&plain, 20);
 
-    /* 64 extents, 20 a question */
+    /* 64 extents, 20 a query */
     g_assert_cmpuint(map(t), ==, 4);
     g_assert_cmpuint(test_stats(t).extents, <=, 20);
     g_assert_cmpuint(t->disk->nb_answered, <=, 4 * 20);
     /* What was looked at last is there */
     status(t, 63 * BLOCK);
-    g_assert_cmpuint(t->disk->nb_questions, ==, 4);
+    g_assert_cmpuint(t->disk->nb_queries, ==, 4);
     g_assert_cmpuint(map(t), ==, 4);
     test_free(t);
 
@@ -583,7 +560,7 @@ static void test_small_extents(void)
     g_assert_cmpint(op_finish(op_start(t, OP_IS_ZERO, 512, 1)), ==, 0);
     g_assert_cmpint(status(t, 1023), ==, DATA);
     g_assert_cmpint(status(t, 1024), ==, ZERO);
-    g_assert_cmpuint(t->disk->nb_questions, ==, 1);
+    g_assert_cmpuint(t->disk->nb_queries, ==, 1);
     test_free(t);
 }
 
@@ -596,26 +573,43 @@ static void test_short_answer(void)
     g_assert_cmpint(status(t, 0), ==, ZERO);
     g_assert_cmpuint(test_stats(t).extents, ==, 1);
     g_assert_cmpint(status(t, 512), ==, ZERO);
-    g_assert_cmpuint(t->disk->nb_questions, ==, 2);
+    g_assert_cmpuint(t->disk->nb_queries, ==, 2);
     test_free(t);
 
     t = test_new(&(DiskConfig) { .len = 100 * 512, .grain = 100,
                                  .align = 1, .reach = 100 }, 0);
     g_assert_cmpint(status(t, 0), ==, DATA);
-    g_assert_cmpuint(t->disk->nb_questions, ==, 1);
+    g_assert_cmpuint(t->disk->nb_queries, ==, 1);
     test_free(t);
 }
 
-/* Neither data nor zero: the block layer goes on to the child, and must not */
+/*
+ * Neither data nor zero: nothing to be remembered.  The block layer goes on to
+ * the child, and must not ask it again.
+ */
 static void test_unknown_contents(void)
 {
     Test *t = test_new(&plain, 0);
+    unsigned before;
 
     disk_set(t->disk, 0, 64 * BLOCK, UNKNOWN);
     g_assert_cmpuint(map(t), ==, 1);
     g_assert_cmpint(status(t, BLOCK), ==, UNKNOWN);
     g_assert_cmpint(op_finish(op_start(t, OP_IS_ALLOCATED, 0, BLOCK)), ==, 0);
-    g_assert_cmpuint(t->disk->nb_questions, ==, 1);
+    g_assert_cmpuint(t->disk->nb_queries, ==, 3);
+    g_assert_cmpuint(test_stats(t).extents, ==, 0);
+    test_free(t);
+
+    /* What is beside it is remembered */
+    t = test_new(&plain, 0);
+    for (int i = 0; i < 64; i += 2) {
+        disk_set(t->disk, i * BLOCK, BLOCK, UNKNOWN);
+    }
+    status(t, 0);
+    g_assert_cmpuint(test_stats(t).extents, ==, 32);
+    before = t->disk->nb_queries;
+    g_assert_cmpint(status(t, 4 * BLOCK), ==, UNKNOWN);
+    check_asked(t, before, 4 * BLOCK, BLOCK);
     test_free(t);
 }
 
@@ -625,15 +619,16 @@ static void test_unknown_contents(void)
 static void check_asked_again(Test *t, OpType type)
 {
     bool all = type == OP_TRUNCATE;
-    unsigned before = t->disk->nb_questions;
+    unsigned before = t->disk->nb_queries;
 
     if (!all) {
         status(t, 0);
         status(t, 17 * BLOCK);
-        g_assert_cmpuint(t->disk->nb_questions, ==, before);
+        g_assert_cmpuint(t->disk->nb_queries, ==, before);
     }
     g_assert_cmpuint(map(t), ==, 1);
-    g_assert_cmpuint(map(t), ==, 0);
+    /* (The contents of what was discarded are not known) */
+    g_assert_cmpuint(map(t), ==, type == OP_DISCARD ? 1 : 0);
     g_assert_cmpuint(test_stats(t).extents, >=, all ? 20 : 60);
 }
 
@@ -646,15 +641,15 @@ static void start_change(Test *t, OpType type, Op **op)
     }
 }
 
-static void test_question_and_change(const void *opaque)
+static void test_query_and_change(const void *opaque)
 {
     OpType type = *(const OpType *)opaque;
-    Op *change, *question;
+    Op *change, *query;
     Test *t;
 
     for (int order = 0; order < 8; order++) {
         bool change_first = order & 1;
-        bool question_last = order & 2;
+        bool query_last = order & 2;
         int hold_change = order & 4 ? HOLD_BEFORE : HOLD_AFTER;
 
         t = new_striped(&plain, 0);
@@ -665,20 +660,20 @@ static void test_question_and_change(const void *opaque)
         } else {
             disk_hold(t->disk, HOLD_AFTER, hold_change);
         }
-        question = op_start(t, OP_STATUS, 0, 512);
+        query = op_start(t, OP_STATUS, 0, 512);
         wait_held(t, change_first ? 2 : 1);
         if (!change_first) {
             start_change(t, type, &change);
             wait_held(t, 2);
         }
-        if (question_last) {
+        if (query_last) {
             disk_hold(t->disk, HOLD_AFTER, HOLD_NEVER);
             g_assert_cmpint(op_finish(change), ==, 0);
             disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
-            op_finish(question);
+            op_finish(query);
         } else {
             disk_hold(t->disk, HOLD_NEVER, hold_change);
-            op_finish(question);
+            op_finish(query);
             disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
             g_assert_cmpint(op_finish(change), ==, 0);
         }
@@ -688,7 +683,7 @@ static void test_question_and_change(const void *opaque)
 }
 
 /* Those who ask while somebody else does wait for that answer */
-static void test_shared_question(void)
+static void test_shared_query(void)
 {
     Test *t = new_striped(&plain, 0);
     Op *ops[10];
@@ -702,12 +697,12 @@ static void test_shared_question(void)
     for (int i = 0; i < 10; i++) {
         op_finish(ops[i]);
     }
-    g_assert_cmpuint(t->disk->nb_questions, ==, 1);
+    g_assert_cmpuint(t->disk->nb_queries, ==, 1);
     test_free(t);
 }
 
 /* One that came after a change must not get an answer from before it */
-static void test_shared_question_and_change(void)
+static void test_shared_query_and_change(void)
 {
     Test *t = new_striped(&plain, 0);
     Op *first, *second;
@@ -717,96 +712,86 @@ static void test_shared_question_and_change(void)
     wait_held(t, 1);
     change_ok(t, OP_WRITE, 5 * BLOCK, BLOCK);
     second = op_start(t, OP_STATUS, 5 * BLOCK, 512);
+    wait_held(t, 2);
+    check_asked(t, 1, 5 * BLOCK, BLOCK);
     disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
     op_finish(first);
     g_assert_cmpint(op_finish(second), ==, DATA);
-    g_assert_cmpuint(t->disk->nb_questions, ==, 2);
+    g_assert_cmpuint(map(t), ==, 0);
+    g_assert_cmpuint(t->disk->nb_queries, ==, 2);
     test_free(t);
 }
 
-/* What it changes goes further than the change does */
-static void test_change_before_question(void)
+/* Where another query is in flight, or something is known, a query ends */
+static void test_query_ends_at_others(void)
 {
-    Test *t = test_new(&plain, 0);
-    Op *question;
+    Test *t = new_striped(&plain, 0);
+    Op *ops[3];
 
     disk_hold(t->disk, HOLD_AFTER, HOLD_NEVER);
-    question = op_start(t, OP_STATUS, BLOCK / 2, 512);
+    ops[0] = op_start(t, OP_STATUS, 40 * BLOCK, 512);
     wait_held(t, 1);
-    change_ok(t, OP_WRITE, 0, 512);
-    disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
-    g_assert_cmpint(op_finish(question), ==, ZERO);
-    g_assert_cmpint(status(t, BLOCK / 2), ==, DATA);
-    test_free(t);
-}
-
-/*
- * A change in a part of the child's extent that is not remembered any more
- */
-static void test_change_of_evicted_part(void)
-{
-    Op *question, *second;
-    Test *t = test_new(&(DiskConfig) {
-        .len = 64 * BLOCK, .grain = 4 * BLOCK, .reach = 2 * BLOCK
-    }, 2);
-
-    for (int i = 0; i < 6; i += 2) {
-        g_assert_cmpint(status(t, i * BLOCK), ==, ZERO);
-    }
-    g_assert_cmpuint(test_stats(t).extents, ==, 2);
-    change_ok(t, OP_WRITE, 0, 512);
-    g_assert_cmpint(status(t, 2 * BLOCK), ==, DATA);
-    g_assert_cmpint(status(t, 4 * BLOCK), ==, ZERO);
-    test_free(t);
-
-    /*
-     * A short answer in the middle of the first part: what follows it is not
-     * known any more, and then the short part is evicted, too
-     */
-    t = test_new(&(DiskConfig) {
-        .len = 64 * BLOCK, .grain = BLOCK, .reach = 16 * BLOCK - 512
-    }, 3);
-    disk_hold(t->disk, HOLD_BEFORE, HOLD_NEVER);
-    second = op_start(t, OP_STATUS, 16 * BLOCK - 512, 512);
-    question = op_start(t, OP_STATUS, 5 * BLOCK, 512);
+    ops[1] = op_start(t, OP_STATUS, 20 * BLOCK + 512, 512);
     wait_held(t, 2);
-    t->disk->hold_questions = HOLD_NEVER;
-    status(t, 0);
-    let_go(t, &t->disk->held_questions);
-    op_finish(second);
-    t->disk->config.reach = 4 * BLOCK;
-    let_go(t, &t->disk->held_questions);
-    op_finish(question);
-    g_assert_cmpuint(test_stats(t).extents, ==, 3);
-    status(t, 40 * BLOCK);
-    status(t, 50 * BLOCK);
-    change_ok(t, OP_WRITE, 16 * BLOCK - 1024, 512);
-    g_assert_cmpint(status(t, 16 * BLOCK - 512), ==, DATA);
+    check_asked(t, 1, 20 * BLOCK + 512, 20 * BLOCK - 512);
+    ops[2] = op_start(t, OP_STATUS, 0, 512);
+    wait_held(t, 3);
+    check_asked(t, 2, 0, 20 * BLOCK + 512);
+    disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
+    for (int i = 0; i < 3; i++) {
+        op_finish(ops[i]);
+    }
+    g_assert_cmpuint(map(t), ==, 0);
+    g_assert_cmpuint(test_stats(t).extents, ==, 64);
     test_free(t);
 }
 
-/*
- * What is known beyond the end of an answer is newer than the answer: it does
- * not say that the extent ended there before the change.
- */
+/* Two wait for an answer that does not reach them: both ask, once */
+static void test_query_takes_over(void)
+{
+    Test *t = new_striped(&(DiskConfig) { .len = 64 * BLOCK, .grain = BLOCK,
+                                          .reach = 8 * BLOCK }, 0);
+    static const int64_t offsets[] = { 0, 16 * BLOCK, 18 * BLOCK };
+    Op *ops[3];
+
+    disk_hold(t->disk, HOLD_AFTER, HOLD_NEVER);
+    for (int i = 0; i < 3; i++) {
+        ops[i] = op_start(t, OP_STATUS, offsets[i], 512);
+    }
+    wait_held(t, 1);
+    g_assert_cmpuint(t->disk->nb_queries, ==, 1);
+    t->disk->hold_queries = HOLD_BEFORE;
+    let_go(t, &t->disk->held_queries);
+    wait_held(t, 2);
+    disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
+    for (int i = 0; i < 3; i++) {
+        op_finish(ops[i]);
+    }
+    g_assert_cmpuint(t->disk->nb_queries, ==, 3);
+    status(t, 25 * BLOCK);
+    g_assert_cmpuint(t->disk->nb_queries, ==, 3);
+    test_free(t);
+}
+
+/* An answer does not replace one that came earlier but is newer */
 static void test_overtaken_by_answer(void)
 {
     Test *t = test_new(&(DiskConfig) { .len = 10 * BLOCK + 512,
                                        .grain = BLOCK }, 0);
-    Op *question;
+    Op *query;
 
     disk_hold(t->disk, HOLD_AFTER, HOLD_NEVER);
-    question = op_start(t, OP_STATUS, 5 * BLOCK, 512);
+    query = op_start(t, OP_STATUS, 5 * BLOCK, 512);
     wait_held(t, 1);
     /* Makes the last block data, then is asked for while the other one waits */
     change_ok(t, OP_TRUNCATE, 12 * BLOCK, 0);
-    t->disk->hold_questions = HOLD_NEVER;
+    t->disk->hold_queries = HOLD_NEVER;
     g_assert_cmpint(status(t, 0), ==, ZERO);
-    let_go(t, &t->disk->held_questions);
-    g_assert_cmpint(op_finish(question), ==, ZERO);
+    let_go(t, &t->disk->held_queries);
+    g_assert_cmpint(op_finish(query), ==, ZERO);
 
     g_assert_cmpint(status(t, 10 * BLOCK), ==, DATA);
-    g_assert_cmpuint(t->disk->nb_questions, ==, 2);
+    g_assert_cmpuint(t->disk->nb_queries, ==, 2);
     test_free(t);
 }
 
@@ -833,22 +818,23 @@ static void test_truncate_and_write(void)
     test_free(t);
 }
 
-/* More changes than are noted: nothing is kept, and nothing is wrong */
+/* Changes cut what is expected into more parts than there can be extents */
 static void test_many_changes(void)
 {
-    Test *t = new_striped(&plain, 0);
-    Op *question;
+    Test *t = new_striped(&plain, 16);
+    Op *query;
 
     disk_hold(t->disk, HOLD_AFTER, HOLD_NEVER);
-    question = op_start(t, OP_STATUS, 0, 512);
+    query = op_start(t, OP_STATUS, 0, 512);
     wait_held(t, 1);
     for (int i = 0; i < 3000; i++) {
-        change_ok(t, OP_WRITE, i < 2000 ? 0 : i % 64 * BLOCK, 512);
+        change_ok(t, OP_WRITE, i % 1000 * 4096, 512);
+        g_assert_cmpuint(test_stats(t).extents, <=, 16);
     }
     disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
-    op_finish(question);
-    g_assert_cmpuint(test_stats(t).extents, ==, 0);
-    g_assert_cmpuint(map(t), ==, 1);
+    op_finish(query);
+    g_assert_cmpuint(test_stats(t).extents, <=, 16);
+    map(t);
     test_free(t);
 }
 
@@ -857,22 +843,45 @@ static void test_many_changes(void)
 static void test_reconnect(void)
 {
     Test *t = new_striped(&plain, 0);
-    Op *question;
+    Op *query;
 
     map(t);
     disk_reconnect(t->disk_bs);
+    disk_set(t->disk, 0, 64 * BLOCK, ZERO);
     g_assert_cmpuint(map(t), ==, 1);
 
-    /* In the middle of a question */
+    /* In the middle of a query */
     change_ok(t, OP_WRITE, 0, 512);
     disk_hold(t->disk, HOLD_AFTER, HOLD_NEVER);
-    question = op_start(t, OP_STATUS, 0, 512);
+    query = op_start(t, OP_STATUS, 0, 512);
     wait_held(t, 1);
     disk_reconnect(t->disk_bs);
+    disk_set(t->disk, 0, 64 * BLOCK, DATA);
     disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
-    op_finish(question);
+    g_assert_cmpint(op_finish(query), ==, DATA);
     g_assert_cmpuint(test_stats(t).extents, ==, 0);
     g_assert_cmpuint(map(t), ==, 1);
+    test_free(t);
+}
+
+/* Nothing is answered from memory while the driver's server is gone */
+static void test_disconnected(void)
+{
+    Test *t = new_striped(&plain, 0);
+    unsigned before;
+
+    map(t);
+    t->disk->disconnected = true;
+    disk_set(t->disk, 0, BLOCK, ZERO);
+    before = t->disk->nb_queries;
+    for (int i = 1; i <= 3; i++) {
+        g_assert_cmpint(status(t, 0), ==, ZERO);
+        g_assert_cmpuint(t->disk->nb_queries, ==, before + i);
+        g_assert_cmpuint(test_stats(t).extents, ==, 0);
+    }
+    t->disk->disconnected = false;
+    g_assert_cmpuint(map(t), ==, 1);
+    g_assert_cmpuint(map(t), ==, 0);
     test_free(t);
 }
 
@@ -952,7 +961,7 @@ static void test_reopen_abort(void)
 static void test_inactive(void)
 {
     Test *t = new_striped(&plain, 0);
-    Op *question;
+    Op *query;
 
     map(t);
     blk_unref(t->blk);
@@ -964,18 +973,18 @@ static void test_inactive(void)
     /* (The block layer itself remembers data) */
     status(t, BLOCK);
     status(t, BLOCK);
-    g_assert_cmpuint(t->disk->nb_questions, ==, 3);
+    g_assert_cmpuint(t->disk->nb_queries, ==, 3);
 
     /* Nor is an answer remembered that is under way when this changes */
     disk_hold(t->disk, HOLD_AFTER, HOLD_NEVER);
-    question = op_start(t, OP_STATUS, BLOCK, 512);
+    query = op_start(t, OP_STATUS, BLOCK, 512);
     wait_held(t, 1);
     disk_set(t->disk, 0, BLOCK, ZERO);
     bdrv_graph_rdlock_main_loop();
     bdrv_activate(t->bs, &error_abort);
     bdrv_graph_rdunlock_main_loop();
     disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
-    op_finish(question);
+    op_finish(query);
     g_assert_cmpuint(test_stats(t).extents, ==, 0);
     g_assert_cmpint(status(t, 0), ==, ZERO);
     g_assert_cmpuint(map(t), ==, 0);
@@ -1056,16 +1065,16 @@ static void coroutine_fn user_entry(void *opaque)
     int64_t limit = QEMU_ALIGN_DOWN(max_len, align);
 
     while (qatomic_fetch_dec(&r->nb_left) > 0) {
-        /* Mostly questions */
-        bool question = g_rand_int_range(u->rand, 0, 6);
+        /* Mostly queries */
+        bool query = g_rand_int_range(u->rand, 0, 6);
         Op op = { .t = t };
         uint64_t start;
 
-        op.type = question ? g_rand_int_range(u->rand, 0, OP_WRITE) :
+        op.type = query ? g_rand_int_range(u->rand, 0, OP_WRITE) :
                   g_rand_int_range(u->rand, OP_WRITE, OP_TYPES);
         op.offset = g_rand_int_range(u->rand, 0, limit - 1);
         op.bytes = g_rand_int_range(u->rand, 1,
-                                    question ? limit : limit / 64);
+                                    query ? limit : limit / 64);
         op.bytes = MIN(op.bytes, limit - op.offset);
         if (op.type == OP_TRUNCATE) {
             if (g_rand_int_range(u->rand, 0, 10)) {
@@ -1073,7 +1082,7 @@ static void coroutine_fn user_entry(void *opaque)
             }
             op.offset = ROUND_UP(op.offset + limit / 2, align);
             op.offset = MIN(op.offset, limit);
-        } else if (!question && g_rand_int_range(u->rand, 0, 2)) {
+        } else if (!query && g_rand_int_range(u->rand, 0, 2)) {
             op.offset = QEMU_ALIGN_DOWN(op.offset, align);
             op.bytes = ROUND_UP(op.bytes, align);
         }
@@ -1088,7 +1097,8 @@ static void coroutine_fn user_entry(void *opaque)
             int64_t end = MIN(op.offset + op.bytes, max_len);
 
             op.pnum = end - op.offset;
-            for (int64_t pos = op.offset; pos < end; pos++) {
+            for (int64_t pos = op.offset; pos < end;
+                 pos += MIN(t->disk->config.grain, 512)) {
                 g_assert(disk_was(t->disk, start, pos, ZERO) ||
                          disk_was(t->disk, start, pos, DATA_ZERO));
             }
@@ -1143,8 +1153,8 @@ static void test_random(const void *opaque)
         g_assert_cmpint(r.nb_done[i], >, 0);
     }
     g_assert_cmpint(!!r.nb_failed, ==, !!c->percent_bad);
-    g_test_message("hits %" PRIu64 ", questions %" PRIu64 ", invalidations %"
-                   PRIu64, test_stats(t).hits, test_stats(t).questions,
+    g_test_message("hits %" PRIu64 ", queries %" PRIu64 ", invalidations %"
+                   PRIu64, test_stats(t).hits, test_stats(t).queries,
                    test_stats(t).invalidations);
     for (int i = 0; i < NB_USERS; i++) {
         g_rand_free(users[i].rand);
@@ -1160,7 +1170,7 @@ static const RandomCase cases[NB_CASES] = {
         .len = 1 * MiB, .grain = 4096, .align = 4096, .random = true } },
     { "small-extents", {
         .len = 90 * 512, .grain = 100, .align = 1, .random = true } },
-    { "one-extent-a-question", {
+    { "one-extent-a-query", {
         .len = 200 * KiB, .grain = 512, .one = true, .random = true } },
     { "few-extents-and-short-reach", {
         .len = 200 * KiB, .grain = 512, .reach = 33 * 512, .random = true },
@@ -1205,30 +1215,32 @@ int main(int argc, char **argv)
 
 #define ADD(name, function) \
     g_test_add_func("/cacheextents/" name, test_ ## function)
-    ADD("one-question", one_question);
+    ADD("one-query", one_query);
     ADD("always-precise", always_precise);
-    ADD("one-extent-a-question", one_extent_a_question);
+    ADD("one-extent-a-query", one_extent_a_query);
     ADD("reach", reach);
-    ADD("parts", parts);
-    ADD("change-drops-whole-extents-only", change_drops_whole_extents_only);
-    ADD("change-of-mixed-block", change_of_mixed_block);
+    ADD("change-forgets-its-blocks", change_forgets_its_blocks);
+    ADD("disk-in-use", disk_in_use);
     ADD("copy-range", copy_range);
     ADD("truncate", truncate);
     ADD("block-size", block_size);
     ADD("failed-change-drops", failed_change_drops);
-    ADD("failed-question", failed_question);
+    ADD("failed-query", failed_query);
+    ADD("refused-query", refused_query);
+    ADD("refused-query-once", refused_query_once);
     ADD("max-extents", max_extents);
     ADD("small-extents", small_extents);
     ADD("short-answer", short_answer);
     ADD("unknown-contents", unknown_contents);
-    ADD("shared-question", shared_question);
-    ADD("shared-question-and-change", shared_question_and_change);
-    ADD("change-before-question", change_before_question);
-    ADD("change-of-evicted-part", change_of_evicted_part);
+    ADD("shared-query", shared_query);
+    ADD("shared-query-and-change", shared_query_and_change);
+    ADD("query-ends-at-others", query_ends_at_others);
+    ADD("query-takes-over", query_takes_over);
     ADD("overtaken-by-answer", overtaken_by_answer);
     ADD("truncate-and-write", truncate_and_write);
     ADD("many-changes", many_changes);
     ADD("reconnect", reconnect);
+    ADD("disconnected", disconnected);
     ADD("replaced-child", replaced_child);
     ADD("reopen-max-extents", reopen_max_extents);
     ADD("reopen-abort", reopen_abort);
@@ -1238,9 +1250,9 @@ int main(int argc, char **argv)
 #undef ADD
     for (int i = 0; i < ARRAY_SIZE(changes); i++) {
         g_autofree char *path = g_strdup_printf(
-            "/cacheextents/question-and-change/%s", changes[i].name);
+            "/cacheextents/query-and-change/%s", changes[i].name);
 
-        g_test_add_data_func(path, &changes[i].type, test_question_and_change);
+        g_test_add_data_func(path, &changes[i].type, test_query_and_change);
     }
     for (int i = 0; i < ARRAY_SIZE(cases); i++) {
         g_autofree char *path = g_strdup_printf("/cacheextents/random/%s",

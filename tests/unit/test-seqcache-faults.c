@@ -64,7 +64,7 @@ typedef struct Stack {
     int64_t len;        /* of the disk, or virtual size of the image */
     bool no_flags;
     bool small_l2;      /* the cache for L2 tables has only two slices */
-    bool extents;       /* the disk knows questions for many extents */
+    bool extents;       /* the disk knows queries for many extents */
     unsigned every;     /* one request of so many fails in "make check"; 0: 1 */
     const Step *script;
 } Stack;

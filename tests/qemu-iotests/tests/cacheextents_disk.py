@@ -49,7 +49,7 @@ class ExtentsDisk(NbdDisk):
         super().__init__(path, name, block_size)
         self.node['discard'] = 'unmap'
 
-    def questions(self) -> List[Request]:
+    def queries(self) -> List[Request]:
         return [r for r in self.requests() if r.type == 'Extents']
 
     def data_requests(self) -> List[Request]:

@@ -1,0 +1,104 @@
+/*
+ * A set of extents: what is known about ranges of bytes
+ *
+ * This work is licensed under the terms of the GNU GPL, version 2 or later.
+ * See the COPYING file in the top-level directory.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * The extents of a set do not overlap.  Neighbours that say the same are one
+ * extent.  A pure data structure: it has no lock, and asks nobody.  Each
+ * operation takes a time that is logarithmic in the number of extents, for each
+ * extent that it adds, removes or cuts.
+ */
+
+#ifndef QEMU_EXTENT_SET_H
+#define QEMU_EXTENT_SET_H
+
+typedef struct ExtentSet ExtentSet;
+
+/**
+ * Extent: a range of bytes about which the same is known
+ * @start: its first byte.
+ * @last: its last byte, which may be UINT64_MAX.
+ * @flags: what is known; any number.
+ * @owner: who is going to find out; NULL if it is known.  Not dereferenced.
+ */
+typedef struct Extent {
+    uint64_t start;
+    uint64_t last;
+    int flags;
+    void *owner;
+} Extent;
+
+/**
+ * extent_set_new:
+ *
+ * Returns: an empty set, to be freed with extent_set_free().
+ */
+ExtentSet *extent_set_new(void);
+
+/**
+ * extent_set_free:
+ * @set: the set, or NULL.
+ */
+void extent_set_free(ExtentSet *set);
+
+/**
+ * extent_set_count:
+ * @set: the set.
+ *
+ * Returns: the number of extents.
+ */
+uint64_t extent_set_count(const ExtentSet *set);
+
+/**
+ * extent_set_first:
+ * @set: the set.
+ * @start: the first byte of a range.
+ * @last: its last byte.
+ *
+ * @extent: filled in with the first extent that overlaps the range, as a whole.
+ *
+ * Returns: whether there is one.
+ */
+bool extent_set_first(ExtentSet *set, uint64_t start, uint64_t last,
+                      Extent *extent);
+
+/**
+ * extent_set_add:
+ * @set: the set.
+ * @extent: what is known now.  Copied.
+ *
+ * Replaces what was known about the range of @extent.
+ */
+void extent_set_add(ExtentSet *set, const Extent *extent);
+
+/**
+ * extent_set_clear:
+ * @set: the set.
+ * @start: the first byte of a range.
+ * @last: its last byte.
+ *
+ * Nothing is known about the range any more.  Extents that go beyond it are
+ * cut.
+ *
+ * Returns: the number of extents without an owner that were removed or cut.
+ */
+uint64_t extent_set_clear(ExtentSet *set, uint64_t start, uint64_t last);
+
+/**
+ * extent_set_limit:
+ * @set: the set.
+ * @max: a number of extents.
+ * @start: the first byte of a range.
+ * @last: its last byte.
+ *
+ * Removes extents until there are no more than @max, or none any more but
+ * those that overlap the range.  Those before it go before those after it, and
+ * lower ones before higher ones.
+ */
+void extent_set_limit(ExtentSet *set, uint64_t max, uint64_t start,
+                      uint64_t last);
+
+#endif /* QEMU_EXTENT_SET_H */

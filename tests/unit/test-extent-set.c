@@ -1,0 +1,240 @@
+/*
+ * Tests of the set of extents
+ *
+ * This work is licensed under the terms of the GNU GPL, version 2 or later.
+ * See the COPYING file in the top-level directory.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Every operation is also applied to an array that says for each byte what is
+ * known about it.  The --seed option of GLib repeats a run.
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/extent-set.h"
+
+#define SIZE 200 /* of the range that the random test uses, in bytes */
+
+static int owners[2];
+
+static void add(ExtentSet *set, uint64_t start, uint64_t last, int flags,
+                void *owner)
+{
+    extent_set_add(set, &(Extent) { start, last, flags, owner });
+}
+
+static void check(ExtentSet *set, uint64_t from, uint64_t start, uint64_t last,
+                  int flags, void *owner)
+{
+    Extent e;
+
+    g_assert_true(extent_set_first(set, from, UINT64_MAX, &e));
+    g_assert_cmpuint(e.start, ==, start);
+    g_assert_cmpuint(e.last, ==, last);
+    g_assert_cmpint(e.flags, ==, flags);
+    g_assert_true(e.owner == owner);
+}
+
+static void test_empty(void)
+{
+    ExtentSet *set = extent_set_new();
+    Extent e;
+
+    g_assert_cmpuint(extent_set_count(set), ==, 0);
+    g_assert_false(extent_set_first(set, 0, UINT64_MAX, &e));
+    g_assert_cmpuint(extent_set_clear(set, 0, UINT64_MAX), ==, 0);
+    extent_set_limit(set, 0, UINT64_MAX, UINT64_MAX);
+    extent_set_free(set);
+    extent_set_free(NULL);
+}
+
+/* What a new extent covers is replaced, and what goes beyond it stays */
+static void test_replace(void)
+{
+    ExtentSet *set = extent_set_new();
+
+    add(set, 0, UINT64_MAX, 1, NULL);
+    add(set, 100, 199, 2, NULL);
+    g_assert_cmpuint(extent_set_count(set), ==, 3);
+    check(set, 0, 0, 99, 1, NULL);
+    check(set, 100, 100, 199, 2, NULL);
+    check(set, 200, 200, UINT64_MAX, 1, NULL);
+    g_assert_cmpuint(extent_set_clear(set, 50, 149), ==, 2);
+    check(set, 0, 0, 49, 1, NULL);
+    check(set, 50, 150, 199, 2, NULL);
+    extent_set_free(set);
+}
+
+/* Neighbours become one if they say the same, also at the ends of the world */
+static void test_merge(void)
+{
+    ExtentSet *set = extent_set_new();
+
+    add(set, 0, 99, 1, NULL);
+    add(set, 200, UINT64_MAX, 1, NULL);
+    add(set, 100, 199, 1, &owners[0]);
+    g_assert_cmpuint(extent_set_count(set), ==, 3);
+    g_assert_cmpuint(extent_set_clear(set, 100, 199), ==, 0);
+    add(set, 100, 199, 2, NULL);
+    g_assert_cmpuint(extent_set_count(set), ==, 3);
+    add(set, 100, 199, 1, NULL);
+    g_assert_cmpuint(extent_set_count(set), ==, 1);
+    check(set, 0, 0, UINT64_MAX, 1, NULL);
+    extent_set_free(set);
+}
+
+static void test_limit(void)
+{
+    ExtentSet *set = extent_set_new();
+
+    for (int i = 0; i < 10; i++) {
+        add(set, i * 10, i * 10 + 4, 1, NULL);
+    }
+    extent_set_limit(set, 10, 30, 54);
+    g_assert_cmpuint(extent_set_count(set), ==, 10);
+    /* The three that are before the range, then one behind it */
+    add(set, 26, 31, 2, NULL);
+    extent_set_limit(set, 7, 30, 50);
+    check(set, 0, 26, 31, 2, NULL);
+    check(set, 51, 50, 54, 1, NULL);
+    check(set, 60, 70, 74, 1, NULL);
+    g_assert_cmpuint(extent_set_count(set), ==, 7);
+    /* No others are left */
+    extent_set_limit(set, 0, 30, 50);
+    g_assert_cmpuint(extent_set_count(set), ==, 4);
+    /* The lowest one */
+    extent_set_limit(set, 3, UINT64_MAX, UINT64_MAX);
+    check(set, 0, 32, 34, 1, NULL);
+    extent_set_limit(set, 0, UINT64_MAX, UINT64_MAX);
+    g_assert_cmpuint(extent_set_count(set), ==, 0);
+    extent_set_free(set);
+}
+
+/* ---- At random ---- */
+
+typedef struct Byte {
+    int flags;
+    void *owner;
+} Byte;
+
+static const Byte unknown = { .flags = -1 };
+
+static bool same(Byte a, Byte b)
+{
+    return a.flags == b.flags && a.owner == b.owner;
+}
+
+/* Compare everything */
+static void check_all(ExtentSet *set, const Byte *bytes)
+{
+    unsigned nb = 0;
+    int pos = 0;
+    Extent e;
+
+    while (extent_set_first(set, pos, UINT64_MAX, &e)) {
+        g_assert_cmpuint(e.last, <, SIZE);
+        for (; pos <= e.last; pos++) {
+            g_assert_true(same(bytes[pos], pos < e.start ? unknown :
+                               (Byte) { e.flags, e.owner }));
+        }
+        /* It is the whole extent */
+        g_assert_false(e.start && same(bytes[e.start - 1], bytes[e.start]));
+        nb++;
+    }
+    for (; pos < SIZE; pos++) {
+        g_assert_true(same(bytes[pos], unknown));
+    }
+    g_assert_cmpuint(extent_set_count(set), ==, nb);
+}
+
+static uint64_t known_extents(const Byte *bytes, int start, int last)
+{
+    uint64_t nb = 0;
+
+    for (int i = start; i <= last; i++) {
+        nb += bytes[i].flags >= 0 && !bytes[i].owner &&
+            (i == start || !same(bytes[i], bytes[i - 1]));
+    }
+    return nb;
+}
+
+/* The naive way: the lowest extent that may go, again and again */
+static void limit_bytes(Byte *bytes, unsigned max, int start, int last)
+{
+    for (;;) {
+        int victim = -1, victim_end = 0;
+        unsigned nb = 0;
+
+        for (int i = 0, end; i < SIZE; i = end) {
+            end = i + 1;
+            if (bytes[i].flags < 0) {
+                continue;
+            }
+            while (end < SIZE && same(bytes[end], bytes[i])) {
+                end++;
+            }
+            nb++;
+            if (victim < 0 && (end <= start || i > last)) {
+                victim = i;
+                victim_end = end;
+            }
+        }
+        if (nb <= max || victim < 0) {
+            return;
+        }
+        for (int i = victim; i < victim_end; i++) {
+            bytes[i] = unknown;
+        }
+    }
+}
+
+static void test_random(void)
+{
+    int nb_ops = g_test_slow() ? 2000000 : 20000;
+    ExtentSet *set = extent_set_new();
+    Byte bytes[SIZE];
+
+    for (int i = 0; i < SIZE; i++) {
+        bytes[i] = unknown;
+    }
+    while (nb_ops--) {
+        int op = g_test_rand_int_range(0, 8);
+        int start = g_test_rand_int_range(0, SIZE);
+        int last = g_test_rand_int_range(start, MIN(start + 50, SIZE));
+        Byte new = unknown;
+
+        if (op == 0) {
+            int max = g_test_rand_int_range(0, 20);
+
+            extent_set_limit(set, max, start, last);
+            limit_bytes(bytes, max, start, last);
+        } else {
+            if (op < 3) {
+                uint64_t nb = known_extents(bytes, start, last);
+
+                g_assert_cmpuint(extent_set_clear(set, start, last), ==, nb);
+            } else {
+                new.flags = g_test_rand_int_range(0, 3);
+                new.owner = op == 3 ? &owners[g_test_rand_int_range(0, 2)] :
+                                      NULL;
+                add(set, start, last, new.flags, new.owner);
+            }
+            for (int i = start; i <= last; i++) {
+                bytes[i] = new;
+            }
+        }
+        check_all(set, bytes);
+    }
+    extent_set_free(set);
+}
+
+int main(int argc, char **argv)
+{
+    g_test_init(&argc, &argv, NULL);
+    g_test_add_func("/extent-set/empty", test_empty);
+    g_test_add_func("/extent-set/replace", test_replace);
+    g_test_add_func("/extent-set/merge", test_merge);
+    g_test_add_func("/extent-set/limit", test_limit);
+    g_test_add_func("/extent-set/random", test_random);
+    return g_test_run();
+}
