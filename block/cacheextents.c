@@ -40,6 +40,7 @@
 #include "block/block-extents.h"
 #include "block/block-io.h"
 #include "block/block_int.h"
+#include "block/filter-common.h"
 #include "qapi/error.h"
 #include "qemu/cutils.h"
 #include "qemu/extent-set.h"
@@ -536,11 +537,45 @@ cacheextents_co_invalidate_cache(BlockDriverState *bs, Error **errp)
     cacheextents_forget(bs);
 }
 
+/* Whether @bs, or a filter above it, is the backing file of an image */
+static bool GRAPH_RDLOCK cacheextents_is_backing(BlockDriverState *bs)
+{
+    BdrvChild *p;
+
+    QLIST_FOREACH(p, &bs->parents, next_parent) {
+        if ((p->role & BDRV_CHILD_COW) ||
+            ((p->role & BDRV_CHILD_FILTERED) && p->klass == &child_of_bds &&
+             cacheextents_is_backing(p->opaque)))
+        {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Whether somebody else writes to the child @c, which @c allows */
+static bool GRAPH_RDLOCK cacheextents_has_rival(BdrvChild *c)
+{
+    BdrvChild *p;
+
+    QLIST_FOREACH(p, &c->bs->parents, next_parent) {
+        if (p != c && (p->perm & (BLK_PERM_WRITE | BLK_PERM_RESIZE))) {
+            return c->shared_perm & BLK_PERM_WRITE;
+        }
+    }
+    return false;
+}
+
 /*
- * Nobody else in this process may change what we remember.  A node without a
- * parent remembers nothing and shares: it can be put below a node that writes
- * to the child, or taken out from there.  So do an inactive node and one that
- * is forced to share (force-share); see cacheextents_can_keep().
+ * Nobody else in this process may change what we remember.  A node that
+ * remembers nothing shares what its parents do.  These are
+ * - a node without a parent: it can be put below a node that writes to the
+ *   child, or taken out from there;
+ * - a node above a child that has children of its own;
+ * - a backing file that nobody needs to read consistently, as a commit job is
+ *   writing to it; or to which somebody still writes when the job has ended;
+ * - an inactive node, and one that is forced to share (force-share).
+ * See cacheextents_can_keep().
  */
 static void GRAPH_RDLOCK
 cacheextents_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
@@ -549,9 +584,17 @@ cacheextents_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
                         uint64_t *nperm, uint64_t *nshared)
 {
     bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
-    if (!(bs->open_flags & BDRV_O_INACTIVE) && !QLIST_EMPTY(&bs->parents)) {
-        *nshared &= ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
+    if (!c || !QLIST_EMPTY(&c->bs->children) || QLIST_EMPTY(&bs->parents) ||
+        (bs->open_flags & BDRV_O_INACTIVE))
+    {
+        return;
     }
+    if (cacheextents_is_backing(bs) && (!(perm & BLK_PERM_CONSISTENT_READ) ||
+                                        cacheextents_has_rival(c)))
+    {
+        return;
+    }
+    *nshared &= ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
 }
 
 /* Permissions have changed, or the node became inactive */
@@ -560,6 +603,15 @@ cacheextents_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
 {
     if (bs->file && !cacheextents_can_keep(bs)) {
         cacheextents_forget(bs);
+    }
+}
+
+static void GRAPH_RDLOCK
+cacheextents_refresh_limits(BlockDriverState *bs, Error **errp)
+{
+    if (bs->file) {
+        bs->bl.request_alignment = MAX(bs->bl.request_alignment,
+                                       bdrv_write_once_size(bs->file->bs));
     }
 }
 
@@ -680,6 +732,7 @@ static BlockDriver bdrv_cacheextents_filter = {
     .bdrv_reopen_abort              = cacheextents_reopen_abort,
     .bdrv_co_invalidate_cache       = cacheextents_co_invalidate_cache,
 
+    .bdrv_refresh_limits            = cacheextents_refresh_limits,
     .bdrv_child_perm                = cacheextents_child_perm,
     .bdrv_set_perm                  = cacheextents_set_perm,
 

@@ -31,6 +31,7 @@
 
 #include "block/block-io.h"
 #include "block/block_int.h"
+#include "block/filter-common.h"
 #include "block/write-behind.h"
 #include "qapi/error.h"
 #include "qemu/cutils.h"
@@ -61,6 +62,12 @@ typedef struct SeqCacheFilterOpts {
     int64_t cache_size;
 } SeqCacheFilterOpts;
 
+/* From seqcache_reopen_prepare() to seqcache_reopen_commit() */
+typedef struct SeqCacheReopen {
+    SeqCacheFilterOpts opts;
+    bool same_child;
+} SeqCacheReopen;
+
 typedef struct BDRVSeqCacheState {
     SeqCacheFilterOpts opts;
 
@@ -85,8 +92,12 @@ typedef struct BDRVSeqCacheState {
     int64_t ends[NB_ENDS];
     unsigned next_end;
 
-    /* Where the data that was ever cached ends; the child may be shorter */
-    int64_t data_end;
+    /*
+     * The length of this node, as requests to it have made it, while the child
+     * may be shorter (its data is still cached) or longer (it fills up its last
+     * block); -1: that of the child, which others may resize
+     */
+    int64_t length;
 } BDRVSeqCacheState;
 
 static QemuOptsList seqcache_runtime_opts = {
@@ -202,9 +213,9 @@ static void seqcache_update_write_behind(BlockDriverState *bs,
 }
 
 /*
- * Others may write to the child from now on: forget what is there already.
- * There should be no dirty data; if there is, because somebody has written
- * since the flush, it and the length that it needs are kept.
+ * Others may write to the child from now on: forget what is there already, and
+ * how long we have made it.  There should be no dirty data; if there is, since
+ * somebody has written after the flush, it and the length are kept.
  */
 static void seqcache_forget_clean(BDRVSeqCacheState *s)
 {
@@ -217,7 +228,20 @@ static void seqcache_forget_clean(BDRVSeqCacheState *s)
 
     QEMU_LOCK_GUARD(&s->lock);
 
-    s->data_end = 0;
+    s->length = -1;
+}
+
+/* A write that goes to @end was successful; 0: there is a writer from now on */
+static void seqcache_own_length(BlockDriverState *bs, int64_t end)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+
+    QEMU_LOCK_GUARD(&s->lock);
+
+    if (s->length < 0) {
+        s->length = bs->total_sectors * BDRV_SECTOR_SIZE;
+    }
+    s->length = MAX(s->length, end);
 }
 
 static void seqcache_release_bh(void *opaque);
@@ -263,6 +287,7 @@ static int seqcache_open(BlockDriverState *bs, QDict *options, int flags,
 
     qemu_mutex_init(&s->lock);
     memset(s->ends, -1, sizeof(s->ends));
+    s->length = -1;
     s->release_bh = qemu_bh_new(seqcache_release_bh, bs);
     seqcache_update_write_behind(bs, &opts, bs->open_flags);
 
@@ -299,7 +324,7 @@ static int seqcache_reopen_prepare(BDRVReopenState *state,
                                    BlockReopenQueue *queue, Error **errp)
 {
     BDRVSeqCacheState *s = state->bs->opaque;
-    SeqCacheFilterOpts *opts = g_new0(SeqCacheFilterOpts, 1);
+    SeqCacheReopen *reopen = g_new0(SeqCacheReopen, 1);
     const char *new_child = qdict_get_try_str(state->options, "file");
     BlockDriverState *child = NULL;
     int ret;
@@ -314,8 +339,8 @@ static int seqcache_reopen_prepare(BDRVReopenState *state,
         child = state->bs->file->bs;
     }
 
-    if (!seqcache_absorb_opts(opts, state->options, child, errp)) {
-        g_free(opts);
+    if (!seqcache_absorb_opts(&reopen->opts, state->options, child, errp)) {
+        g_free(reopen);
         return -EINVAL;
     }
 
@@ -323,12 +348,13 @@ static int seqcache_reopen_prepare(BDRVReopenState *state,
         ret = wb_flush(state->bs, s->write_behind);
         if (ret < 0) {
             error_setg_errno(errp, -ret, "Failed to write cached data");
-            g_free(opts);
+            g_free(reopen);
             return ret;
         }
     }
 
-    state->opaque = opts;
+    reopen->same_child = child == state->bs->file->bs;
+    state->opaque = reopen;
     return 0;
 }
 
@@ -336,6 +362,8 @@ static void seqcache_reopen_commit(BDRVReopenState *state)
 {
     BlockDriverState *bs = state->bs;
     BDRVSeqCacheState *s = bs->opaque;
+    SeqCacheReopen *reopen = state->opaque;
+    int64_t length;
 
     GLOBAL_STATE_CODE();
     GRAPH_RDLOCK_GUARD_MAINLOOP();
@@ -345,8 +373,15 @@ static void seqcache_reopen_commit(BDRVReopenState *state)
      * well.  If it cannot be written out now, keep it, and the old sizes.
      */
     if (!s->write_behind || wb_flush(bs, s->write_behind) == 0) {
-        seqcache_update_write_behind(bs, state->opaque, state->flags);
+        WITH_QEMU_LOCK_GUARD(&s->lock) {
+            length = s->length;
+        }
+        seqcache_update_write_behind(bs, &reopen->opts, state->flags);
         seqcache_forget_clean(s);
+        if (reopen->same_child) {
+            QEMU_LOCK_GUARD(&s->lock);
+            s->length = length;
+        }
     } else {
         warn_report("Node '%s' keeps its cache: cached data cannot be written",
                     bdrv_get_device_or_node_name(bs));
@@ -369,28 +404,84 @@ static bool seqcache_is_dirty(BlockDriverState *bs)
     return s->write_behind && wb_is_dirty(s->write_behind);
 }
 
+/* Whether @bs has a parent that writes, other than @c */
+static bool GRAPH_RDLOCK seqcache_is_written(BlockDriverState *bs, BdrvChild *c)
+{
+    BdrvChild *other;
+
+    QLIST_FOREACH(other, &bs->parents, next_parent) {
+        if (other != c && (other->perm & BLK_PERM_WRITE)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Whether somebody else writes to the child @c, which @c allows */
+static bool GRAPH_RDLOCK seqcache_has_rival(BdrvChild *c)
+{
+    return (c->shared_perm & BLK_PERM_WRITE) && seqcache_is_written(c->bs, c);
+}
+
+/*
+ * Whether BLK_PERM_WRITE cannot be unshared on the child @c, because somebody
+ * writes to it or to its backing files, and may have begun when a job was
+ * using those
+ */
+static bool GRAPH_RDLOCK seqcache_has_to_share(BdrvChild *c)
+{
+    BlockDriverState *bs = bdrv_cow_bs(bdrv_skip_filters(c->bs));
+
+    if (bs && seqcache_has_rival(c)) {
+        return true;
+    }
+    while (bs && !seqcache_is_written(bs, NULL)) {
+        bs = bdrv_filter_or_cow_bs(bs);
+    }
+    return bs;
+}
+
 /*
  * While there is a writing parent or dirty data, the cache may write at any
  * time and knows better than the child what its bytes are: nobody else may
  * write there.  Dirty data keeps the permissions under which it was accepted;
  * seqcache_release_bh() gives them back.
+ *
+ * Unsharing BLK_PERM_WRITE on an image does the same to its backing files.  Two
+ * jobs must not find it so: an active commit, which writes to the base, as do
+ * the users of the image when it has ended; and a backup to an image whose
+ * backing file is the source.  Their filters do not ask for consistent reads.
+ * What they share stays shared, also for dirty data that remains when they have
+ * gone.  If somebody else then writes to the child itself, nothing is cached
+ * (seqcache_has_rival()).
  */
-static void seqcache_child_perm(BlockDriverState *bs, BdrvChild *c,
-                                BdrvChildRole role,
-                                BlockReopenQueue *reopen_queue,
-                                uint64_t perm, uint64_t shared,
-                                uint64_t *nperm, uint64_t *nshared)
+static void GRAPH_RDLOCK
+seqcache_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
+                    BlockReopenQueue *reopen_queue,
+                    uint64_t perm, uint64_t shared,
+                    uint64_t *nperm, uint64_t *nshared)
 {
     const uint64_t write = BLK_PERM_WRITE | BLK_PERM_RESIZE;
+    bool writer = perm & BLK_PERM_WRITE;
     bool dirty = seqcache_is_dirty(bs);
+    /* Without a writer, a job is known by what it does not share */
+    bool for_job = !(perm & BLK_PERM_CONSISTENT_READ) &&
+                   (writer || !(shared & BLK_PERM_RESIZE));
+    bool was_shared = !writer && c && (c->shared_perm & BLK_PERM_WRITE) &&
+                      bdrv_cow_bs(bdrv_skip_filters(c->bs));
 
     bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
 
     if (c && dirty) {
         *nperm |= c->perm & write;
     }
-    if ((perm & BLK_PERM_WRITE) || dirty) {
-        *nshared &= ~write;
+    if (!writer && !dirty) {
+        return;
+    }
+
+    *nshared &= ~BLK_PERM_RESIZE;
+    if (!c || !(for_job || was_shared || seqcache_has_to_share(c))) {
+        *nshared &= ~BLK_PERM_WRITE;
     }
 }
 
@@ -414,6 +505,8 @@ seqcache_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
         if (!release) {
             seqcache_forget_clean(s);
         }
+    } else {
+        seqcache_own_length(bs, 0);
     }
 
     qatomic_set(&s->release_pending, release);
@@ -447,20 +540,36 @@ static void seqcache_release_bh(void *opaque)
     bdrv_unref(bs);
 }
 
-static int64_t seqcache_data_end(BDRVSeqCacheState *s)
+/* The length of the node, or a negative errno, if that of the child is @len */
+static int64_t seqcache_length(BDRVSeqCacheState *s, int64_t len)
 {
     QEMU_LOCK_GUARD(&s->lock);
 
-    return s->data_end;
+    return len < 0 || s->length < 0 ? len : s->length;
+}
+
+/*
+ * If the child can be written only once, a request must not reach it in pieces.
+ * Requests that come in whole clusters need no cache.
+ */
+static void GRAPH_RDLOCK
+seqcache_refresh_limits(BlockDriverState *bs, Error **errp)
+{
+    if (bs->file) {
+        bs->bl.request_alignment = MAX(bs->bl.request_alignment,
+                                       bdrv_write_once_size(bs->file->bs));
+    }
+}
+
+static bool seqcache_is_write_once(BlockDriverState *bs)
+{
+    return bs->bl.request_alignment > 1;
 }
 
 static int64_t coroutine_fn GRAPH_RDLOCK
 seqcache_co_getlength(BlockDriverState *bs)
 {
-    BDRVSeqCacheState *s = bs->opaque;
-    int64_t len = bdrv_co_getlength(bs->file->bs);
-
-    return len < 0 ? len : MAX(len, seqcache_data_end(s));
+    return seqcache_length(bs->opaque, bdrv_co_getlength(bs->file->bs));
 }
 
 /* Whether this write, which is not in the cache, should begin a stream there */
@@ -543,10 +652,7 @@ seqcache_co_cache(BlockDriverState *bs, int64_t offset, int64_t bytes,
     if (offset + n == cluster_end) {
         seqcache_remember_end(s, cluster_end);
     }
-
-    QEMU_LOCK_GUARD(&s->lock);
-
-    s->data_end = MAX(s->data_end, offset + n);
+    seqcache_own_length(bs, offset + n);
     return n;
 }
 
@@ -586,7 +692,8 @@ seqcache_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
                                  bs->file->bs->bl.request_alignment);
     /* A hint about @qiov does not matter for a copy */
     bool cache = s->write_behind && !large &&
-                 !(flags & ~BDRV_REQ_REGISTERED_BUF);
+                 !(flags & ~BDRV_REQ_REGISTERED_BUF) &&
+                 !seqcache_is_write_once(bs) && !seqcache_has_rival(bs->file);
     int64_t done;
     int ret;
 
@@ -615,6 +722,7 @@ seqcache_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
                                flags);
     if (ret >= 0) {
         seqcache_remember_end(s, offset + bytes);
+        seqcache_own_length(bs, offset + bytes);
     }
     seqcache_co_end_direct(bs, offset, bytes);
     return ret;
@@ -647,6 +755,9 @@ seqcache_co_pwritev_compressed_part(BlockDriverState *bs, int64_t offset,
     }
     ret = bdrv_co_pwritev_part(bs->file, offset, bytes, qiov, qiov_offset,
                                flags | BDRV_REQ_WRITE_COMPRESSED);
+    if (ret >= 0) {
+        seqcache_own_length(bs, offset + bytes);
+    }
     seqcache_co_end_direct(bs, offset, bytes);
     return ret;
 }
@@ -661,6 +772,9 @@ seqcache_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
         return ret;
     }
     ret = bdrv_co_pwrite_zeroes(bs->file, offset, bytes, flags);
+    if (ret >= 0) {
+        seqcache_own_length(bs, offset + bytes);
+    }
     seqcache_co_end_direct(bs, offset, bytes);
     return ret;
 }
@@ -708,13 +822,35 @@ seqcache_co_copy_range_to(BlockDriverState *bs, BdrvChild *src,
     }
     ret = bdrv_co_copy_range_to(src, src_offset, bs->file, dst_offset,
                                 bytes, read_flags, write_flags);
+    if (ret >= 0) {
+        seqcache_own_length(bs, dst_offset + bytes);
+    }
     seqcache_co_end_direct(bs, dst_offset, bytes);
     return ret;
 }
 
 /*
+ * What shares a cluster or a subcluster with cached bytes is allocated when
+ * they are written, and callers of bdrv_co_get_info() rely on that.
+ */
+static int64_t coroutine_fn GRAPH_RDLOCK
+seqcache_co_status_block(BlockDriverState *bs)
+{
+    BlockDriverState *child = bs->file->bs;
+    int64_t block = MAX(child->bl.request_alignment, BDRV_SECTOR_SIZE);
+    BlockDriverInfo bdi;
+
+    if (bdrv_co_get_info(child, &bdi) == 0 && bdi.subcluster_size &&
+        QEMU_IS_ALIGNED(bdi.subcluster_size, block))
+    {
+        block = bdi.subcluster_size;
+    }
+    return block;
+}
+
+/*
  * Cached bytes are data; for the rest the child is asked.  Callers expect
- * sectors, so one that is cached in part counts as cached.
+ * blocks, so one that is cached in part counts as cached.
  */
 static int coroutine_fn GRAPH_RDLOCK
 seqcache_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
@@ -722,10 +858,7 @@ seqcache_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
                          BlockDriverState **file)
 {
     BDRVSeqCacheState *s = bs->opaque;
-    int64_t block = MAX(bs->file->bs->bl.request_alignment, BDRV_SECTOR_SIZE);
-    int64_t start = QEMU_ALIGN_DOWN(offset, block);
-    int64_t end = offset + bytes;
-    int64_t len, gap;
+    int64_t block, start, end, len, gap;
 
     *map = offset;
     *file = bs->file->bs;
@@ -734,6 +867,9 @@ seqcache_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
         return BDRV_BLOCK_RAW | BDRV_BLOCK_OFFSET_VALID;
     }
 
+    block = seqcache_co_status_block(bs);
+    start = QEMU_ALIGN_DOWN(offset, block);
+    end = QEMU_ALIGN_UP(offset + bytes, block);
     gap = wb_gap(s->write_behind, start, end - start);
     if (gap < end - start) {
         gap = QEMU_ALIGN_DOWN(gap, block);
@@ -748,7 +884,7 @@ seqcache_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
         *pnum = MIN(start - offset, bytes);
         return BDRV_BLOCK_DATA;
     }
-    *pnum = start + gap - offset;
+    *pnum = MIN(start + gap - offset, bytes);
 
     /* Between the end of the child and cached data there are zeroes */
     len = bdrv_co_getlength(bs->file->bs);
@@ -763,7 +899,7 @@ seqcache_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
      * If there is cached data after the end of the child, its last block must
      * not come with BDRV_BLOCK_EOF.  Call it data.
      */
-    if (offset + *pnum >= len && seqcache_data_end(s) > len) {
+    if (offset + *pnum >= len && seqcache_length(s, len) > len) {
         int64_t last = QEMU_ALIGN_DOWN(len - 1, block);
 
         if (offset >= last) {
@@ -781,6 +917,7 @@ seqcache_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
                      Error **errp)
 {
     BDRVSeqCacheState *s = bs->opaque;
+    int64_t len;
     int ret;
 
     /* The child must have its true length, and keep no data beyond the end */
@@ -791,9 +928,20 @@ seqcache_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     }
 
     WITH_QEMU_LOCK_GUARD(&s->lock) {
-        s->data_end = MIN(s->data_end, offset);
+        len = s->length;
+        s->length = MIN(len, offset);
     }
-    return bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
+    ret = bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
+    if (ret >= 0) {
+        /* It can be more than was asked for, if that need not be exact */
+        len = bdrv_co_getlength(bs->file->bs);
+    }
+    WITH_QEMU_LOCK_GUARD(&s->lock) {
+        if (s->length >= 0) {
+            s->length = MAX(s->length, len);
+        }
+    }
+    return ret;
 }
 
 /* The block layer flushes the child after this */
@@ -821,11 +969,23 @@ static int GRAPH_RDLOCK seqcache_inactivate(BlockDriverState *bs)
     return s->write_behind ? wb_flush(bs, s->write_behind) : 0;
 }
 
-/* The child has other contents than before */
+/* The child has other contents than before, and perhaps another length */
 static void coroutine_fn GRAPH_RDLOCK
 seqcache_co_invalidate_cache(BlockDriverState *bs, Error **errp)
 {
-    seqcache_forget_clean(bs->opaque);
+    BDRVSeqCacheState *s = bs->opaque;
+    int64_t len = bdrv_co_getlength(bs->file->bs);
+    bool owned;
+
+    WITH_QEMU_LOCK_GUARD(&s->lock) {
+        owned = s->length >= 0;
+    }
+    seqcache_forget_clean(s);
+    WITH_QEMU_LOCK_GUARD(&s->lock) {
+        if (owned && s->length < 0) {
+            s->length = len;
+        }
+    }
 }
 
 static BlockStatsSpecific *seqcache_get_specific_stats(BlockDriverState *bs)
@@ -869,6 +1029,7 @@ static BlockDriver bdrv_seqcache_filter = {
     .bdrv_inactivate                = seqcache_inactivate,
     .bdrv_co_invalidate_cache       = seqcache_co_invalidate_cache,
 
+    .bdrv_refresh_limits            = seqcache_refresh_limits,
     .bdrv_child_perm                = seqcache_child_perm,
     .bdrv_set_perm                  = seqcache_set_perm,
 

@@ -579,6 +579,65 @@ static void test_truncate(void)
     seqcache_test_free(t);
 }
 
+static void assert_length(SeqCacheTest *t, int64_t length)
+{
+    length = ROUND_UP(length, BDRV_SECTOR_SIZE);
+    g_assert_cmpint(blk_getlength(t->blk), ==, length);
+    /* As when a parent asks again, because the child was resized */
+    bdrv_graph_rdlock_main_loop();
+    g_assert_cmpint(bdrv_refresh_total_sectors(t->bs, 0), ==, 0);
+    bdrv_graph_rdunlock_main_loop();
+    g_assert_cmpint(blk_getlength(t->blk), ==, length);
+}
+
+/*
+ * The length is what requests have made it, although the disk has only whole
+ * blocks; but only while nobody else can resize the disk
+ */
+static void test_length(void)
+{
+    SeqCacheTest *t = new_test(4096);
+    int64_t end = 512 * KiB;
+
+    assert_length(t, end);
+    stream_ok(t, end, 30000, 300);
+    end += 30000;
+    assert_length(t, end);
+    g_assert_cmpint(blk_flush(t->blk), ==, 0);
+    g_assert_cmpint(t->disk->len, ==, ROUND_UP(end, 4096));
+    assert_length(t, end);
+
+    /* Directly to the disk */
+    write_ok(t, 100 * KiB, 64 * KiB);
+    g_assert_cmpint(write_flags(t, end, 5000, BDRV_REQ_FUA), ==, 0);
+    end += 5000;
+    assert_length(t, end);
+    g_assert_cmpint(blk_pwrite_zeroes(t->blk, end, 700, 0), ==, 0);
+    end += 700;
+    assert_length(t, end);
+
+    g_assert_cmpint(seqcache_test_reopen(t, 8192, 64 * KiB), ==, 0);
+    assert_length(t, end);
+    g_assert_cmpint(truncate_to(t, 100 * KiB + 512, 0), ==, 0);
+    assert_length(t, 100 * KiB + 512);
+    g_assert_cmpint(truncate_to(t, 2 * MiB, 0), ==, -EFBIG);
+    assert_length(t, 100 * KiB + 512);
+    stream_ok(t, 100 * KiB + 512, 100, 50);
+    g_assert_cmpint(blk_flush(t->blk), ==, 0);
+    end = 100 * KiB + 612;
+    assert_length(t, end);
+
+    g_assert_cmpint(blk_set_perm(t->blk, BLK_PERM_CONSISTENT_READ,
+                                 BLK_PERM_ALL, &error_abort), ==, 0);
+    t->disk->len = 80 * KiB;
+    bdrv_graph_rdlock_main_loop();
+    g_assert_cmpint(bdrv_refresh_total_sectors(t->bs->file->bs, 0), ==, 0);
+    g_assert_cmpint(bdrv_refresh_total_sectors(t->bs, 0), ==, 0);
+    bdrv_graph_rdunlock_main_loop();
+    assert_length(t, 80 * KiB);
+    seqcache_test_free(t);
+}
+
 /* Compare flags and size of the answer for what is from @offset on */
 /* A request for zeroes reaches the disk if the disk can do it */
 static void test_truncate_flags(void)
@@ -880,6 +939,7 @@ int main(int argc, char **argv)
     ADD("status/cached", test_status);
     ADD("status/growth", test_growth);
     ADD("error", test_error);
+    ADD("node/length", test_length);
     ADD("node/reopen", test_reopen);
     ADD("node/drain", test_drain);
     ADD("node/permissions", test_permissions);

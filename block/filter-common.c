@@ -1,0 +1,50 @@
+/*
+ * What the filters seqcache and cacheextents both need
+ *
+ * This work is licensed under the terms of the GNU GPL, version 2 or later.
+ * See the COPYING file in the top-level directory.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+
+#include "block/block-io.h"
+#include "block/block_int.h"
+#include "block/filter-common.h"
+#include "qapi/qapi-types-block-core.h"
+
+/* bdrv_get_info() would know, but cannot be called by a graph writer */
+static int64_t GRAPH_RDLOCK stream_optimized_cluster_size(BlockDriverState *bs)
+{
+    g_autoptr(ImageInfoSpecific) info = NULL;
+    VmdkExtentInfoList *extent;
+    int64_t size = 0;
+
+    if (!bs->drv || strcmp(bs->drv->format_name, "vmdk")) {
+        return 0;
+    }
+    info = bdrv_get_specific_info(bs, NULL);
+    for (extent = info->u.vmdk.data->extents; extent; extent = extent->next) {
+        if (extent->value->compressed) {
+            size = MAX(size, extent->value->cluster_size);
+        }
+    }
+    return size;
+}
+
+int64_t bdrv_write_once_size(BlockDriverState *bs)
+{
+    GLOBAL_STATE_CODE();
+
+    while (bs && bs->drv) {
+        if (!strcmp(bs->drv->format_name, "compress")) {
+            return bs->bl.request_alignment;
+        }
+        if (!bs->drv->is_filter && strcmp(bs->drv->format_name, "raw")) {
+            return stream_optimized_cluster_size(bs);
+        }
+        bs = bdrv_primary_bs(bs);
+    }
+    return 0;
+}
