@@ -20,7 +20,7 @@ demo:
 check:
 	@scripts/arguments $@
 	@scripts/build --tests
-	@scripts/check standalone unit iotests
+	@scripts/check scripts standalone unit iotests
 
 check-standalone:
 	@scripts/arguments $@

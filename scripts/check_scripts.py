@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""
+Tests of the Makefile, the scripts and the documentation's examples, in a copy
+without any source of QEMU: part "scripts" of scripts/check. Nothing is
+downloaded, installed or built.
+"""
+
+import glob
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import textwrap
+
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# What must be refused, and a part of what is said then
+REFUSED = [
+    ('all', 'JOBS=abc', 'number from 1'),
+    ('all', 'JOBS=0', 'number from 1'),
+    ('all', 'V=yes', 'expected 0, or 1'),
+    ('all', 'BUILD=scripts', 'new folder'),
+    ('all', 'BUILD=a b', 'without spaces'),
+    ('all', 'PYTHON=/nonexistent', 'Python 3'),
+    ('all', 'CONFIGURE_FLAGS="--x', 'quotes'),
+    ('all', 'CONFIGURE_FLAGS=enable-rbd', 'begin with --'),
+    ('all', 'CONFIGURE_FLAGS=--disable-tools', 'qemu-img'),
+    ('all', 'QEMU_SRC=/nonexistent', 'no such file or folder. Accepted are'),
+    ('demo', 'QEMU_SRC=scripts', 'not a QEMU source tree'),
+    ('check', 'QEMU_SRC=Makefile', 'Accepted are a QEMU tree'),
+    ('check', 'QEMU_SRC=old.dsc', 'there are patches for'),
+    ('check', 'QEMU_SRC=other.dsc', 'not a source package of QEMU'),
+    ('check', 'QEMU_SRC=alone.dsc', 'qemu.orig.tar.xz beside it'),
+    ('check', 'IOTEST_TIMEOUT=x', 'seconds'),
+    ('check', 'MESON_TIMEOUT=-1', 'seconds'),
+    ('check', 'TEST_DIR=relative', 'absolute path'),
+    ('check-long', 'PARTS=nonsense', 'model'),
+    ('check-long', 'PARTS=model nonsense', 'power-cuts'),
+    ('check-long', 'LONG_SECONDS=abc', 'seconds'),
+    ('check-long', 'SEED=-1', 'number from 0'),
+    ('check-filtered', 'TESTS=vmdk:001', 'qcow2 raw'),
+    ('check-filtered', 'MODES=nonsense', 'writeback'),
+    ('check-filtered', 'FILTER=nonsense', 'cacheextents'),
+    ('check-upstream', 'TESTS=nonsense', 'qcow2 raw block unit'),
+    ('check-upstream', 'MODES=nonsense', 'writeback'),
+    ('check-clang', 'CLANG=nonsense', 'clang'),
+    ('check-fresh', 'SUITES=nonsense', 'bookworm trixie sid'),
+    ('check-fresh', 'USERS=nonsense', 'root user'),
+    ('check-fresh', 'PARTS=nonsense', 'build demo check'),
+    ('bench', 'ROWS=nonsense', 'convert-*'),
+    ('bench-quick', 'ROWS=convert-* nonsense', 'convert-*'),
+]
+
+ACCEPTED = [
+    ('all', 'JOBS=64'), ('all', 'BUILD=build-new'),
+    ('all', 'CONFIGURE_FLAGS=--disable-system --extra-cflags="-O1 -g"'),
+    ('check-long', 'PARTS=qcow2 power-cuts'), ('check-long', 'SEED=0'),
+    ('check-long', 'LONG_SECONDS=0.5'),
+    ('check-filtered', 'TESTS=raw qcow2:013'),
+    ('check-upstream', 'TESTS=unit:test-aio block'),
+    ('bench', 'ROWS=convert-* filter-4k-*'), ('check-fresh', 'SUITES=sid'),
+]
+
+DSC = 'Source: {}\nVersion: 1:{}+ds-1\nChecksums-Sha256:\n {} 1 {}\n'
+
+
+class Copy:
+    """A copy of what the scripts need, with a few files to be refused"""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name in ('scripts', 'patches', 'Makefile'):
+            path = os.path.join(TOP, name)
+            if os.path.isdir(path):
+                shutil.copytree(path, os.path.join(folder, name))
+            else:
+                shutil.copy(path, folder)
+        for name, source, version in (('old.dsc', 'qemu', '1.7.2'),
+                                      ('other.dsc', 'hello', '10.0.1'),
+                                      ('alone.dsc', 'qemu', '10.0.1')):
+            self.write(name, DSC.format(source, version, '0' * 64,
+                                        'qemu.orig.tar.xz'))
+        self.files = set(os.listdir(folder))
+
+    def write(self, name, text):
+        path = os.path.join(self.folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write(text)
+
+    def run(self, *command, **variables):
+        """(exit status, output) of a command, as a user would type it"""
+        env = {'PATH': os.environ['PATH'], 'HOME': self.folder, **variables}
+        done = subprocess.run(command, cwd=self.folder, env=env, check=False,
+                              stdin=subprocess.DEVNULL, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return done.returncode, done.stdout
+
+
+def check_refused(copy):
+    for target, setting, expected in REFUSED:
+        name = setting.partition('=')[0]
+        status, output = copy.run('make', target, setting)
+        ok = status != 0 and expected in output and (
+            name in output or name == 'ROWS')
+        if set(os.listdir(copy.folder)) != copy.files:
+            ok = False
+            output += 'It has begun to work.'
+        yield f'make {target} {setting} is refused', ok, output
+
+
+def check_accepted(copy):
+    for target, setting in ACCEPTED:
+        name, _, value = setting.partition('=')
+        status, output = copy.run('scripts/arguments', target, **{name: value})
+        yield (f'make {target} {setting} is accepted',
+               status == 0 and not output, output)
+
+
+def check_newer(copy):
+    """A newer point release is announced, and no other."""
+    copy.write('cache/debian/qemu.dsc', 'Version: 1:10.0.9+ds-1\n')
+    for newest, text in (('1:10.0.10+ds-1', '"make update"'),
+                         ('1:10.0.9+ds-1', ''), ('1:10.0.8+ds-1', '')):
+        copy.write('cache/debian.newest', f'{newest}\n')
+        status, output = copy.run('scripts/debian-source', '--newer')
+        yield (f'qemu {newest} is {"" if text else "not "}announced',
+               status == 0 and bool(output) == bool(text) and text in output,
+               output)
+    shutil.rmtree(os.path.join(copy.folder, 'cache'))
+
+
+def check_tally(copy):
+    """What several runs of scripts/check count is added, for CI's last line."""
+    # pylint: disable-next=import-outside-toplevel
+    from check_module import check
+    path = os.path.join(copy.folder, 'tally')
+    for passed, failed, skipped in (3, ['a'], ['b', 'c']), (4, ['d'], []):
+        tally = check.Tally()
+        tally.passed, tally.failed, tally.skipped = passed, failed, skipped
+        tally.add_earlier(path)
+    yield ('the counts of two runs are added',
+           (tally.passed, tally.failed, tally.skipped) ==
+           (7, ['a', 'd'], ['b', 'c']), str(vars(tally)))
+
+
+def examples(path):
+    """The literal blocks of a page that are commands for a shell"""
+    with open(path, encoding='utf-8') as f:
+        text = f.read()
+    if path.endswith('.md'):
+        found = re.findall(r'^```\n(.*?)^```', text, re.M | re.S)
+    else:
+        found = re.findall(r'::\n\n((?:(?: {3}.*)?\n)+)', text)
+    return [e for e in found if re.match(r'\s*(qemu-|nbdcopy|fio)', e)]
+
+
+def typed(example):
+    """The words of the commands that a shell reads; white space may differ"""
+    stub = ''.join(f'{name}() {{ printf "<%s>" {name} "$@"; }}\n'
+                   for name in ('qemu-img', 'qemu-nbd', 'nbdcopy', 'fio',
+                                'qemu-storage-daemon', 'qemu-system-x86_64'))
+    done = subprocess.run(['bash', '-ec', stub + example], check=False,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True)
+    return done.returncode, re.sub(r'\s+', ' ', done.stdout)
+
+
+def check_examples(_copy):
+    """Copied with or without indentation, an example is the same."""
+    for path in sorted(glob.glob(os.path.join(TOP, 'docs/system/*.rst')) +
+                       [os.path.join(TOP, 'README.md')]):
+        for example in examples(path):
+            result = typed(example)
+            yield (f'{os.path.basename(path)}: {example.split()[0]} ... can be'
+                   ' copied',
+                   result == typed(textwrap.dedent(example)) and
+                   result[0] == 0 and '<...>' not in result[1], example)
+
+
+def run(tally):
+    """Run all, and count each in the tally of scripts/check."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Copy(folder)
+        for part in (check_refused, check_accepted, check_newer, check_tally,
+                     check_examples):
+            for name, ok, output in part(copy):
+                if ok:
+                    tally.passed += 1
+                else:
+                    tally.add(name, 'fail')
+                    print(output, flush=True)
+            print(f'  done  {part.__name__}', flush=True)
