@@ -35,7 +35,7 @@
 #define DEFAULT_COMPRESSED_CACHE_SIZE (16 * MiB)
 #define MAX_COMPRESSED_CACHE_SIZE (1 * GiB)
 
-/* A coroutine that waits for its turn to allocate */
+/* A coroutine that waits until @number compressed writes have had their turn */
 typedef struct Qcow2CompressWaiter {
     uint64_t number;
     CoQueue queue;
@@ -156,7 +156,10 @@ void qcow2_put_compress_buf(BlockDriverState *bs, void *buf)
     qemu_vfree(buf);
 }
 
-/* Let the next one allocate.  Called with s->lock held. */
+/*
+ * Let the next one allocate, and those go on that waited for the turns up to
+ * this one.  Called with s->lock held.
+ */
 static void coroutine_fn qcow2_end_turn_locked(BDRVQcow2State *s)
 {
     Qcow2CompressWaiter *waiter;
@@ -165,8 +168,24 @@ static void coroutine_fn qcow2_end_turn_locked(BDRVQcow2State *s)
     QLIST_FOREACH(waiter, &s->compress_waiters, next) {
         if (waiter->number == s->nb_compress_done) {
             qemu_co_queue_next(&waiter->queue);
-            break;
         }
+    }
+}
+
+/*
+ * Wait until the turns of the first @number compressed writes are over.  Called
+ * with s->lock held, which is released meanwhile.
+ */
+static void coroutine_fn
+qcow2_co_wait_turns_locked(BDRVQcow2State *s, uint64_t number)
+{
+    Qcow2CompressWaiter self = { .number = number };
+
+    if (number > s->nb_compress_done) {
+        qemu_co_queue_init(&self.queue);
+        QLIST_INSERT_HEAD(&s->compress_waiters, &self, next);
+        qemu_co_queue_wait(&self.queue, &s->lock);
+        QLIST_REMOVE(&self, next);
     }
 }
 
@@ -175,25 +194,24 @@ qcow2_co_compress_in_order(BlockDriverState *bs, void *dest, size_t dest_size,
                            const void *src, size_t src_size)
 {
     BDRVQcow2State *s = bs->opaque;
-    Qcow2CompressWaiter self;
+    uint64_t number;
     ssize_t ret;
 
     if (!s->write_behind) {
-        return qcow2_co_compress(bs, dest, dest_size, src, src_size);
+        ret = qcow2_co_compress(bs, dest, dest_size, src, src_size);
+        return qatomic_read(&s->abandoned) ? -ECANCELED : ret;
     }
 
     WITH_QEMU_LOCK_GUARD(&s->lock) {
-        self.number = s->nb_compress_begun++;
+        number = s->nb_compress_begun++;
     }
 
     ret = qcow2_co_compress(bs, dest, dest_size, src, src_size);
 
     WITH_QEMU_LOCK_GUARD(&s->lock) {
-        if (self.number != s->nb_compress_done) {
-            qemu_co_queue_init(&self.queue);
-            QLIST_INSERT_HEAD(&s->compress_waiters, &self, next);
-            qemu_co_queue_wait(&self.queue, &s->lock);
-            QLIST_REMOVE(&self, next);
+        qcow2_co_wait_turns_locked(s, number);
+        if (qatomic_read(&s->abandoned)) {
+            ret = -ECANCELED;
         }
         if (ret < 0) {
             qcow2_end_turn_locked(s);
@@ -278,6 +296,16 @@ qcow2_co_read_cached(BlockDriverState *bs, uint64_t l2_entry, uint8_t **buf)
         *buf = NULL;
     }
     return ret;
+}
+
+void qcow2_abandon(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = bs->opaque;
+
+    qatomic_set(&s->abandoned, true);
+    if (s->write_behind) {
+        wb_abandon(s->write_behind);
+    }
 }
 
 void qcow2_free_ejected(BlockDriverState *bs)

@@ -79,7 +79,8 @@ void qcow2_put_compress_buf(BlockDriverState *bs, void *buf);
  * this one has called qcow2_co_write_compressed(), which it must do if this one
  * has succeeded, or, if it has failed, before the caller yields.
  *
- * Returns: what qcow2_co_compress() returns.
+ * Returns: what qcow2_co_compress() returns; or -ECANCELED if the image was
+ * abandoned.
  */
 ssize_t coroutine_fn
 qcow2_co_compress_in_order(BlockDriverState *bs, void *dest, size_t dest_size,
@@ -117,6 +118,15 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
  */
 int coroutine_fn GRAPH_RDLOCK
 qcow2_co_read_cached(BlockDriverState *bs, uint64_t l2_entry, uint8_t **buf);
+
+/**
+ * qcow2_abandon:
+ * @bs: the node, which is about to be closed.
+ *
+ * bdrv_abandon() of qcow2: drop what is cached on closing, without any report,
+ * and let compressed writes that have no space yet fail with -ECANCELED.
+ */
+void GRAPH_RDLOCK qcow2_abandon(BlockDriverState *bs);
 
 /**
  * qcow2_free_ejected:

@@ -104,6 +104,9 @@ struct WriteBehind {
     /* Counts failures, so that a waiter notices one that came while it slept */
     uint64_t nb_failures;
 
+    /* wb_abandon() was called, nothing is written any more */
+    bool abandoned;
+
     /* wb_free() was called, the last worker frees the structure */
     bool freed;
 
@@ -162,6 +165,13 @@ void wb_free(WriteBehind *wb)
     }
 }
 
+void wb_abandon(WriteBehind *wb)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    wb->abandoned = true;
+}
+
 int64_t wb_cache_size(const WriteBehind *wb)
 {
     return wb->max_clusters * wb->cluster_size;
@@ -210,6 +220,10 @@ static WriteBehindWork wb_work_locked(WriteBehind *wb,
     /* From here on no further cluster fits, also if the first is not whole */
     int64_t almost_max = limits->max_bytes - wb->cluster_size;
     SeqCacheStats stats;
+
+    if (wb->abandoned) {
+        return WB_WORK_NONE;
+    }
 
     if (wb->error) {
         /* One attempt at a time */
@@ -431,6 +445,10 @@ int coroutine_fn wb_co_reserve(BlockDriverState *bs, WriteBehind *wb,
            !wb_has_room_locked(wb, nb_clusters)) {
         ret = wb_new_error_locked(wb, &nb_failures);
         if (ret < 0) {
+            break;
+        }
+        if (wb->abandoned) {
+            ret = -ECANCELED;
             break;
         }
         if (wb_co_step_locked(bs, wb)) {
@@ -687,6 +705,10 @@ wb_co_flush_locked(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
            (!bytes || seqcache_gap(wb->cache, offset, bytes) < bytes)) {
         ret = wb_new_error_locked(wb, &nb_failures);
         if (ret < 0) {
+            break;
+        }
+        if (wb->abandoned) {
+            ret = -ECANCELED;
             break;
         }
         if (!wb_co_step_locked(bs, wb)) {

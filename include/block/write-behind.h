@@ -78,6 +78,16 @@ WriteBehind *wb_new(BlockDriverState *bs, const WriteBehindOptions *opts);
 void wb_free(WriteBehind *wb);
 
 /**
+ * wb_abandon:
+ * @wb: the WriteBehind.
+ *
+ * Begin no further write to the child.  What is cached stays readable; flushes
+ * of it, and wb_co_reserve() when there is no room, fail with -ECANCELED.  What
+ * is in flight is not affected.  There is no way back.
+ */
+void wb_abandon(WriteBehind *wb);
+
+/**
  * wb_cache_size:
  * @wb: the WriteBehind.
  *
