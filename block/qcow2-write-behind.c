@@ -35,7 +35,10 @@
 #define DEFAULT_COMPRESSED_CACHE_SIZE (16 * MiB)
 #define MAX_COMPRESSED_CACHE_SIZE (1 * GiB)
 
-/* A coroutine that waits until @number compressed writes have had their turn */
+/*
+ * A coroutine that waits until @number compressed writes have had their turn;
+ * or, in s->fua_waiters, for the end of a flush
+ */
 typedef struct Qcow2CompressWaiter {
     uint64_t number;
     CoQueue queue;
@@ -264,6 +267,58 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
     }
 
     return 0;
+}
+
+int coroutine_fn qcow2_co_flush_compressed(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = bs->opaque;
+    Qcow2CompressWaiter *waiter;
+    uint64_t number;
+    int ret;
+
+    if (!s->write_behind) {
+        return bdrv_co_flush_inserted(bs);
+    }
+
+    qemu_co_mutex_lock(&s->lock);
+    number = ++s->nb_fua_begun;
+
+    /* Let those come along that were begun, if they want to be flushed, too */
+    qcow2_co_wait_turns_locked(s, s->nb_compress_begun);
+
+    while (number > MAX(s->nb_fua_done, s->nb_fua_failed)) {
+        Qcow2CompressWaiter self;
+        uint64_t last;
+
+        if (s->fua_flushing) {
+            qemu_co_queue_init(&self.queue);
+            QLIST_INSERT_HEAD(&s->fua_waiters, &self, next);
+            qemu_co_queue_wait(&self.queue, &s->lock);
+            QLIST_REMOVE(&self, next);
+            continue;
+        }
+
+        s->fua_flushing = true;
+        last = s->nb_fua_begun;
+        qemu_co_mutex_unlock(&s->lock);
+        ret = bdrv_co_flush_inserted(bs);
+        qemu_co_mutex_lock(&s->lock);
+        s->fua_flushing = false;
+
+        if (ret < 0) {
+            s->nb_fua_failed = last;
+            s->fua_error = ret;
+        } else {
+            s->nb_fua_done = last;
+        }
+        QLIST_FOREACH(waiter, &s->fua_waiters, next) {
+            qemu_co_queue_next(&waiter->queue);
+        }
+    }
+
+    ret = number <= s->nb_fua_done ? 0 : s->fua_error;
+    qemu_co_mutex_unlock(&s->lock);
+    return ret;
 }
 
 int coroutine_fn

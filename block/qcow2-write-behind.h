@@ -105,6 +105,19 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
                           const void *buf, int bytes, GArray *allocs);
 
 /**
+ * qcow2_co_flush_compressed:
+ * @bs: the node; s->lock is not held.
+ *
+ * Make a compressed write stable that has succeeded (FUA).  If the node has a
+ * cache, this waits for the compressed writes that were begun before, until
+ * their data is in the cache as well.  All that are to be flushed at that time
+ * share one flush, and its result.
+ *
+ * Returns: 0 on success, -errno on failure.
+ */
+int coroutine_fn GRAPH_RDLOCK qcow2_co_flush_compressed(BlockDriverState *bs);
+
+/**
  * qcow2_co_read_cached:
  * @bs: the node; s->lock is held since @l2_entry was looked up.
  * @l2_entry: entry of a compressed cluster.

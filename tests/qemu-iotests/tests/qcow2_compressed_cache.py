@@ -436,6 +436,10 @@ class NbdDisk:
             return [Request(match[1], int(match[2], 16), int(match[3], 16))
                     for match in map(self.log_re.search, f) if match]
 
+    def nb_flushes(self) -> int:
+        with open(self.log, encoding='utf-8') as f:
+            return sum(' Flush id=' in line for line in f)
+
 
 def add_figures(case: iotests.QMPTestCase, figures: Mapping[str, int]) -> None:
     '''Append to the file that TEST_FIGURES names what a test case counted'''
