@@ -249,32 +249,37 @@ static void cacheextents_keep_locked(BDRVCacheExtentsState *s, CoQueue *query,
                                      const GArray *answer)
 {
     uint64_t pos = start;
+    guint i = 0;
     Extent e;
 
     extent_set_limit(s->extents, s->max_extents - answer->len, start, last);
-    for (guint i = 0; i <= answer->len; i++) {
-        BdrvBlockExtent extent = { .bytes = last + 1 - pos };
-        uint64_t end;
+    for (uint64_t next = start;
+         next <= last && extent_set_first(s->extents, next, last, &e);
+         next = e.last + 1) {
+        if (e.owner != query) {
+            continue;
+        }
+        extent_set_clear(s->extents, e.start, e.last);
+        while (i < answer->len) {
+            BdrvBlockExtent *extent = &g_array_index(answer, BdrvBlockExtent,
+                                                     i);
+            uint64_t end = pos + extent->bytes;
 
-        if (i < answer->len) {
-            extent = g_array_index(answer, BdrvBlockExtent, i);
-        }
-        end = pos + extent.bytes;
-        while (pos < end && extent_set_first(s->extents, pos, end - 1, &e)) {
-            e.start = MAX(e.start, pos);
-            e.last = MIN(e.last, end - 1);
-            pos = e.last + 1;
-            if (e.owner == query) {
-                e.flags = extent.flags;
-                e.owner = NULL;
-                if (e.flags) {
-                    extent_set_add(s->extents, &e);
-                } else {
-                    extent_set_clear(s->extents, e.start, e.last);
-                }
+            if (extent->flags && pos <= e.last && end > e.start) {
+                Extent new = {
+                    .start = MAX(pos, e.start),
+                    .last = MIN(end - 1, e.last),
+                    .flags = extent->flags,
+                };
+
+                extent_set_add(s->extents, &new);
             }
+            if (end > e.last) {
+                break;
+            }
+            pos = end;
+            i++;
         }
-        pos = end;
     }
     /* Changes can have made several extents of one */
     extent_set_limit(s->extents, s->max_extents, UINT64_MAX, UINT64_MAX);

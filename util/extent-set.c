@@ -48,75 +48,76 @@ static ExtentNode *extent_set_find(ExtentSet *set, uint64_t start,
     return node ? container_of(node, ExtentNode, node) : NULL;
 }
 
-static Extent extent_of(const ExtentNode *e)
-{
-    return (Extent) {
-        .start = e->node.start,
-        .last = e->node.last,
-        .flags = e->flags,
-        .owner = e->owner,
-    };
-}
-
 bool extent_set_first(ExtentSet *set, uint64_t start, uint64_t last,
                       Extent *extent)
 {
     ExtentNode *e = extent_set_find(set, start, last);
 
     if (e) {
-        *extent = extent_of(e);
+        extent->start = e->node.start;
+        extent->last = e->node.last;
+        extent->flags = e->flags;
+        extent->owner = e->owner;
     }
     return e;
 }
 
-static void extent_set_insert(ExtentSet *set, const Extent *extent)
+static void extent_set_insert(ExtentSet *set, uint64_t start, uint64_t last,
+                              int flags, void *owner)
 {
     ExtentNode *e = g_new(ExtentNode, 1);
 
-    e->node.start = extent->start;
-    e->node.last = extent->last;
-    e->flags = extent->flags;
-    e->owner = extent->owner;
+    e->node.start = start;
+    e->node.last = last;
+    e->flags = flags;
+    e->owner = owner;
     interval_tree_insert(&e->node, &set->root);
     set->count++;
 }
 
-/* Returns what it was */
-static Extent extent_set_remove(ExtentSet *set, ExtentNode *e)
+static void extent_set_remove(ExtentSet *set, ExtentNode *e)
 {
-    Extent old = extent_of(e);
-
     interval_tree_remove(&e->node, &set->root);
     set->count--;
     g_free(e);
-    return old;
 }
 
-/* If the extent at @offset says the same as @extent, they become one */
-static void extent_set_merge(ExtentSet *set, uint64_t offset, Extent *extent)
+/* Remove what @e, which overlaps the range, has in common with it */
+static void extent_set_cut(ExtentSet *set, ExtentNode *e, uint64_t start,
+                           uint64_t last)
 {
-    ExtentNode *e = extent_set_find(set, offset, offset);
-
-    if (e && e->flags == extent->flags && e->owner == extent->owner) {
-        Extent old = extent_set_remove(set, e);
-
-        extent->start = MIN(extent->start, old.start);
-        extent->last = MAX(extent->last, old.last);
+    if (e->node.start < start) {
+        extent_set_insert(set, e->node.start, start - 1, e->flags, e->owner);
     }
+    if (e->node.last > last) {
+        extent_set_insert(set, last + 1, e->node.last, e->flags, e->owner);
+    }
+    extent_set_remove(set, e);
 }
 
 void extent_set_add(ExtentSet *set, const Extent *extent)
 {
-    Extent new = *extent;
+    uint64_t start = extent->start;
+    uint64_t last = extent->last;
+    /* With the neighbours */
+    uint64_t from = start ? start - 1 : 0;
+    uint64_t to = last < UINT64_MAX ? last + 1 : last;
+    IntervalTreeNode *node, *next;
 
-    extent_set_clear(set, new.start, new.last);
-    if (new.start > 0) {
-        extent_set_merge(set, new.start - 1, &new);
+    for (node = interval_tree_iter_first(&set->root, from, to); node;
+         node = next) {
+        ExtentNode *e = container_of(node, ExtentNode, node);
+
+        next = interval_tree_iter_next(node, from, to);
+        if (e->flags == extent->flags && e->owner == extent->owner) {
+            start = MIN(start, node->start);
+            last = MAX(last, node->last);
+            extent_set_remove(set, e);
+        } else if (node->last >= extent->start && node->start <= extent->last) {
+            extent_set_cut(set, e, extent->start, extent->last);
+        }
     }
-    if (new.last < UINT64_MAX) {
-        extent_set_merge(set, new.last + 1, &new);
-    }
-    extent_set_insert(set, &new);
+    extent_set_insert(set, start, last, extent->flags, extent->owner);
 }
 
 uint64_t extent_set_clear(ExtentSet *set, uint64_t start, uint64_t last)
@@ -125,19 +126,8 @@ uint64_t extent_set_clear(ExtentSet *set, uint64_t start, uint64_t last)
     ExtentNode *e;
 
     while ((e = extent_set_find(set, start, last))) {
-        Extent old = extent_set_remove(set, e);
-        Extent part = old;
-
-        nb_known += !old.owner;
-        if (old.start < start) {
-            part.last = start - 1;
-            extent_set_insert(set, &part);
-        }
-        if (old.last > last) {
-            part.start = last + 1;
-            part.last = old.last;
-            extent_set_insert(set, &part);
-        }
+        nb_known += !e->owner;
+        extent_set_cut(set, e, start, last);
     }
     return nb_known;
 }
