@@ -62,6 +62,7 @@
 
 /* A request that can change the contents, while it is active */
 typedef struct CacheExtentsChange {
+    BlockDriverState *bs;
     int64_t offset;
     int64_t bytes;
     QLIST_ENTRY(CacheExtentsChange) next;
@@ -151,8 +152,8 @@ static uint64_t cacheextents_clear_locked(BDRVCacheExtentsState *s,
 
 /*
  * A request of our user is going to change this range of the child.  To be
- * called before the child sees it.  The caller owns @change, and passes it to
- * cacheextents_end_change() when the child is done, also if it failed.
+ * called before the child sees it.  @change belongs to the caller.  It ends
+ * when it goes out of scope, which must be after the child is done.
  */
 static void cacheextents_begin_change(BlockDriverState *bs,
                                       CacheExtentsChange *change,
@@ -160,8 +161,9 @@ static void cacheextents_begin_change(BlockDriverState *bs,
 {
     BDRVCacheExtentsState *s = bs->opaque;
 
-    change->offset = offset;
-    change->bytes = bytes;
+    *change = (CacheExtentsChange) {
+        .bs = bs, .offset = offset, .bytes = bytes,
+    };
     trace_cacheextents_change(bs, offset, bytes);
 
     QEMU_LOCK_GUARD(&s->lock);
@@ -172,16 +174,17 @@ static void cacheextents_begin_change(BlockDriverState *bs,
     extent_set_limit(s->extents, s->max_extents, UINT64_MAX, UINT64_MAX);
 }
 
-static void cacheextents_end_change(BlockDriverState *bs,
-                                    CacheExtentsChange *change)
+static void cacheextents_end_change(CacheExtentsChange *change)
 {
-    BDRVCacheExtentsState *s = bs->opaque;
+    BDRVCacheExtentsState *s = change->bs->opaque;
 
     QEMU_LOCK_GUARD(&s->lock);
 
     /* Nothing was expected in its range meanwhile */
     QLIST_REMOVE(change, next);
 }
+
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(CacheExtentsChange, cacheextents_end_change)
 
 /* ---- Queries ---- */
 
@@ -435,14 +438,11 @@ cacheextents_co_pwritev_part(BlockDriverState *bs, int64_t offset,
                              int64_t bytes, QEMUIOVector *qiov,
                              size_t qiov_offset, BdrvRequestFlags flags)
 {
-    CacheExtentsChange change;
-    int ret;
+    g_auto(CacheExtentsChange) change;
 
     cacheextents_begin_change(bs, &change, offset, bytes);
-    ret = bdrv_co_pwritev_part(bs->file, offset, bytes, qiov, qiov_offset,
-                               flags);
-    cacheextents_end_change(bs, &change);
-    return ret;
+    return bdrv_co_pwritev_part(bs->file, offset, bytes, qiov, qiov_offset,
+                                flags);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -459,25 +459,19 @@ static int coroutine_fn GRAPH_RDLOCK
 cacheextents_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset,
                               int64_t bytes, BdrvRequestFlags flags)
 {
-    CacheExtentsChange change;
-    int ret;
+    g_auto(CacheExtentsChange) change;
 
     cacheextents_begin_change(bs, &change, offset, bytes);
-    ret = bdrv_co_pwrite_zeroes(bs->file, offset, bytes, flags);
-    cacheextents_end_change(bs, &change);
-    return ret;
+    return bdrv_co_pwrite_zeroes(bs->file, offset, bytes, flags);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
 cacheextents_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
-    CacheExtentsChange change;
-    int ret;
+    g_auto(CacheExtentsChange) change;
 
     cacheextents_begin_change(bs, &change, offset, bytes);
-    ret = bdrv_co_pdiscard(bs->file, offset, bytes);
-    cacheextents_end_change(bs, &change);
-    return ret;
+    return bdrv_co_pdiscard(bs->file, offset, bytes);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -498,14 +492,11 @@ cacheextents_co_copy_range_to(BlockDriverState *bs, BdrvChild *src,
                               BdrvRequestFlags read_flags,
                               BdrvRequestFlags write_flags)
 {
-    CacheExtentsChange change;
-    int ret;
+    g_auto(CacheExtentsChange) change;
 
     cacheextents_begin_change(bs, &change, dst_offset, bytes);
-    ret = bdrv_co_copy_range_to(src, src_offset, bs->file, dst_offset, bytes,
-                                read_flags, write_flags);
-    cacheextents_end_change(bs, &change);
-    return ret;
+    return bdrv_co_copy_range_to(src, src_offset, bs->file, dst_offset, bytes,
+                                 read_flags, write_flags);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -513,17 +504,14 @@ cacheextents_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
                          PreallocMode prealloc, BdrvRequestFlags flags,
                          Error **errp)
 {
-    CacheExtentsChange change;
-    int ret;
+    g_auto(CacheExtentsChange) change;
 
     /*
      * When the child grows, its last block changes.  Where that is cannot be
      * told: after a write that met a truncation, its length may be a wrong one.
      */
     cacheextents_begin_change(bs, &change, 0, INT64_MAX);
-    ret = bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
-    cacheextents_end_change(bs, &change);
-    return ret;
+    return bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
 }
 
 /* Nor is the answer kept of a query that is in flight */
@@ -668,14 +656,14 @@ static void cacheextents_close(BlockDriverState *bs)
 static int cacheextents_reopen_prepare(BDRVReopenState *state,
                                        BlockReopenQueue *queue, Error **errp)
 {
-    g_autofree uint64_t *max_extents = g_new(uint64_t, 1);
+    uint64_t max_extents;
 
     GLOBAL_STATE_CODE();
 
-    if (!cacheextents_absorb_opts(max_extents, state->options, errp)) {
+    if (!cacheextents_absorb_opts(&max_extents, state->options, errp)) {
         return -EINVAL;
     }
-    state->opaque = g_steal_pointer(&max_extents);
+    state->opaque = GUINT_TO_POINTER(max_extents);
     return 0;
 }
 
@@ -684,15 +672,7 @@ static void cacheextents_reopen_commit(BDRVReopenState *state)
     BDRVCacheExtentsState *s = state->bs->opaque;
 
     cacheextents_forget(state->bs);
-    s->max_extents = *(uint64_t *)state->opaque;
-    g_free(state->opaque);
-    state->opaque = NULL;
-}
-
-static void cacheextents_reopen_abort(BDRVReopenState *state)
-{
-    g_free(state->opaque);
-    state->opaque = NULL;
+    s->max_extents = GPOINTER_TO_UINT(state->opaque);
 }
 
 static BlockStatsSpecific *
@@ -734,7 +714,6 @@ static BlockDriver bdrv_cacheextents_filter = {
     .mutable_opts                   = cacheextents_mutable_opts,
     .bdrv_reopen_prepare            = cacheextents_reopen_prepare,
     .bdrv_reopen_commit             = cacheextents_reopen_commit,
-    .bdrv_reopen_abort              = cacheextents_reopen_abort,
     .bdrv_co_invalidate_cache       = cacheextents_co_invalidate_cache,
 
     .bdrv_refresh_limits            = cacheextents_refresh_limits,
