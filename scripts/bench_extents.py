@@ -87,7 +87,7 @@ class ExtentsRow(Row):
 
 
 class ExtentsOfServer(ExtentsRow):
-    """Where each question takes some time"""
+    """Where each query takes some time"""
 
     def __init__(self, *args, delay, sides, **kwargs):
         super().__init__(*args, **kwargs)
@@ -105,7 +105,7 @@ class ExtentsOfServer(ExtentsRow):
             else:
                 options = disk.options('file.')
             result = self.run(bench, options, check=check)
-        return dict(result, questions=disk.questions)
+        return dict(result, queries=disk.queries)
 
     def once(self, bench, side):
         if side != 'stock':
@@ -143,21 +143,21 @@ def server_rows():
             for command in 'map', 'convert', 'backup':
                 # Stock would take up to an hour for each of the others
                 stock = extents < 100000 or not delay
-                questions = 2 if extents <= 1000 else None
+                queries = 2 if extents <= 1000 else None
                 figures = [
-                    value_of('with', 'questions', at_most=questions),
+                    value_of('with', 'queries', at_most=queries),
                     ratio("the server's", 'with'),
                 ]
                 if stock:
                     figures += [
                         ratio('stock', 'with'),
-                        value_of('stock', 'questions'),
+                        value_of('stock', 'queries'),
                         difference('with', 'stock', 'memory', at_most=4 * MIB)
                     ]
                 yield ExtentsOfServer(
                     f'extents-{extents}-{delay}ms-{command}',
                     f'{command} of a disk with {extents} extents, {delay} ms'
-                    ' a question', figures, command, extents,
+                    ' a query', figures, command, extents,
                     repeats=2 if extents * delay >= 20000 else 3,
                     delay=f'{delay}ms' if delay else None,
                     sides=[*['stock'] * stock, 'with', "the server's"])

@@ -22,7 +22,7 @@ METRICS = {
     'written': ('written', 'MiB', MIB),
     'end': ('image end', 'MiB', MIB),
     'pages': ('page cache', 'pages', 1),
-    'questions': ('questions', '', 1),
+    'queries': ('queries', '', 1),
     'lseeks': ('lseek calls', '', 1),
     'dirty': ('dirty memory', 'MiB', MIB),
     'per_gib': ('time per GiB', 's', 1),
@@ -46,7 +46,7 @@ SUMMARY = [
     ('backup-disk', 'backup with compress to a disk, 1 ms'),
     ('filter-4k-file', 'filter: 4 KiB writes to a file with O_DIRECT'),
     ('filter-4k-disk', 'filter: 4 KiB writes to a disk, 4 ms'),
-    ('extents-1000-5ms-map', 'map of 1000 extents, 5 ms a question'),
+    ('extents-1000-5ms-map', 'map of 1000 extents, 5 ms a query'),
 ]
 SUMMARY_FIGURES = 'time, off / on', 'time, without / with', 'time, stock / with'
 

@@ -251,12 +251,12 @@ class SlowDisk(Server):
 
     plugin is what it consists of, in nbdkit's words, for instance
     ['memory', '1G'] or ['file', 'PATH']. Each request takes the time delay, for
-    instance '4ms', and each question for block status extents_delay. filters
+    instance '4ms', and each query for block status extents_delay. filters
     are filters before all others. self.options is the disk for QEMU, as a list
     of options of the node, with the prefix given.
 
     Afterwards self.reads, self.writes, self.written (in bytes, as nbdkit rounds
-    them), self.questions and requests() tell what it had to do.
+    them), self.queries and requests() tell what it had to do.
     """
 
     def __init__(self, plugin, delay=None, block=4096, extents_delay=None,
@@ -268,7 +268,7 @@ class SlowDisk(Server):
         self.block = block
         self.extents_delay = extents_delay
         self.filters = filters
-        self.reads = self.writes = self.written = self.questions = 0
+        self.reads = self.writes = self.written = self.queries = 0
 
     def requests(self):
         return {'requests': self.reads + self.writes, 'reads': self.reads,
@@ -309,7 +309,7 @@ class SlowDisk(Server):
                 if m and m.group(1) not in seen:
                     ops, size, name = m.groups()[1:]
                     seen[m.group(1)] = (int(ops), float(size) * unit[name])
-        self.questions = seen.get('extents', (0, 0))[0]
+        self.queries = seen.get('extents', (0, 0))[0]
         self.reads = seen.get('read', (0, 0))[0]
         self.writes, self.written = seen.get('write', (0, 0))
 
