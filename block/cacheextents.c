@@ -220,21 +220,21 @@ static void GRAPH_RDLOCK cacheextents_check_epoch_locked(BlockDriverState *bs)
 
 /*
  * Expect the answer of a query from @start on, to the next extent that is known
- * or expected behind @offset.  Called with s->lock held.
+ * or expected behind @offset, and at most to @last.  Called with s->lock held.
  *
  * Returns: the last byte of that range.
  */
 static int64_t cacheextents_expect_locked(BDRVCacheExtentsState *s,
                                           int64_t start, int64_t offset,
-                                          CoQueue *query)
+                                          int64_t last, CoQueue *query)
 {
-    Extent new = { .start = start, .last = INT64_MAX - 1, .owner = query };
+    Extent new = { .start = start, .last = last, .owner = query };
     CacheExtentsChange *change;
     Extent e;
 
-    if (extent_set_first(s->extents, offset, new.last, &e)) {
+    if (extent_set_first(s->extents, offset, last, &e)) {
         /* If another query has not brought @offset, take over from there */
-        new.last = e.start > offset ? e.start - 1 : e.last;
+        new.last = e.start > offset ? e.start - 1 : MIN(e.last, last);
     }
     extent_set_add(s->extents, &new);
     QLIST_FOREACH(change, &s->changes, next) {
@@ -310,12 +310,14 @@ cacheextents_co_query_locked(BlockDriverState *bs, int64_t start,
     unsigned epoch = s->epoch;
     bool single = s->single_queries;
     bool refused = false;
-    int64_t last, single_bytes;
+    int64_t single_last = ROUND_UP(offset + bytes, s->block) - 1;
+    int64_t last;
     int ret = 0;
 
     qemu_co_queue_init(&query);
-    last = cacheextents_expect_locked(s, start, offset, &query);
-    single_bytes = MIN(ROUND_UP(offset + bytes, s->block), last + 1) - start;
+    last = cacheextents_expect_locked(s, start, offset, single ? single_last :
+                                      INT64_MAX - 1, &query);
+    single_last = MIN(single_last, last);
     s->single_queries -= single;
     qemu_mutex_unlock(&s->lock);
 
@@ -326,7 +328,8 @@ cacheextents_co_query_locked(BlockDriverState *bs, int64_t start,
         refused = ret < 0 && ret != -ENOTSUP;
     }
     if (single || refused) {
-        int single_ret = bdrv_co_block_extents(child, start, single_bytes, 1,
+        int single_ret = bdrv_co_block_extents(child, start,
+                                               single_last + 1 - start, 1,
                                                answer);
 
         trace_cacheextents_query(bs, start, answer->len, single_ret);

@@ -488,6 +488,7 @@ static void test_refused_query(void)
 
     for (int i = 0; i < ARRAY_SIZE(errors); i++) {
         Test *t = new_striped(&plain, 0);
+        Op *ops[2];
 
         t->disk->many_error = errors[i];
         g_assert_cmpuint(map(t), ==, 64 + 1);
@@ -496,6 +497,16 @@ static void test_refused_query(void)
         change_ok(t, OP_WRITE, 5 * BLOCK, 512);
         g_assert_cmpuint(map(t), ==, 1);
         g_assert_cmpuint(t->disk->nb_many, ==, 1);
+
+        /* Nobody waits for an answer that is about something else */
+        change_ok(t, OP_WRITE, 0, 10 * BLOCK);
+        disk_hold(t->disk, HOLD_AFTER, HOLD_NEVER);
+        ops[0] = op_start(t, OP_STATUS, 0, BLOCK);
+        ops[1] = op_start(t, OP_STATUS, 5 * BLOCK, BLOCK);
+        wait_held(t, 2);
+        disk_hold(t->disk, HOLD_NEVER, HOLD_NEVER);
+        op_finish(ops[0]);
+        op_finish(ops[1]);
 
         /* It is asked again on another connection, */
         disk_reconnect(t->disk_bs);
