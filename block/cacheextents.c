@@ -84,6 +84,8 @@ typedef struct BDRVCacheExtentsState {
     int64_t block;
     /* How often the child is asked for one extent because it refused many */
     unsigned single_queries;
+    /* Where the last answer ended */
+    int64_t answer_end;
 
     QLIST_HEAD(, CacheExtentsChange) changes;
 
@@ -310,6 +312,7 @@ cacheextents_co_query_locked(BlockDriverState *bs, int64_t start,
     unsigned epoch = s->epoch;
     bool single = s->single_queries;
     bool refused = false;
+    uint64_t max = s->max_extents;
     int64_t single_last = ROUND_UP(offset + bytes, s->block) - 1;
     int64_t last;
     int ret = 0;
@@ -319,11 +322,18 @@ cacheextents_co_query_locked(BlockDriverState *bs, int64_t start,
                                       INT64_MAX - 1, &query);
     single_last = MIN(single_last, last);
     s->single_queries -= single;
+    if (extent_set_count(s->extents) > max / 2 && start != s->answer_end) {
+        /*
+         * It would replace much of what is known.  That is right for those who
+         * look at one range after the other, and not for others.
+         */
+        max = 1;
+    }
     qemu_mutex_unlock(&s->lock);
 
     if (!single) {
-        ret = bdrv_co_block_extents(child, start, last + 1 - start,
-                                    s->max_extents, answer);
+        ret = bdrv_co_block_extents(child, start, last + 1 - start, max,
+                                    answer);
         trace_cacheextents_query(bs, start, answer->len, ret);
         refused = ret < 0 && ret != -ENOTSUP;
     }
@@ -344,6 +354,10 @@ cacheextents_co_query_locked(BlockDriverState *bs, int64_t start,
     }
     cacheextents_keep_locked(s, &query, start, last, answer);
     qemu_co_queue_restart_all(&query);
+    s->answer_end = start;
+    for (guint i = 0; i < answer->len; i++) {
+        s->answer_end += g_array_index(answer, BdrvBlockExtent, i).bytes;
+    }
 
     *extent = answer->len ? g_array_index(answer, BdrvBlockExtent, 0) :
               (BdrvBlockExtent) { 0 };

@@ -243,7 +243,7 @@ static bool disk_is_disconnected(BlockDriverState *bs)
 {
     Disk *d = bs->opaque;
 
-    return d->disconnected;
+    return qatomic_read(&d->disconnected);
 }
 
 static int coroutine_fn
