@@ -148,7 +148,9 @@ unsigned bdrv_block_status_epoch(BlockDriverState *bs)
     IO_CODE();
     assert_bdrv_graph_readable();
 
-    if (bs->drv->bdrv_is_disconnected && bs->drv->bdrv_is_disconnected(bs)) {
+    if (bs->drv && bs->drv->bdrv_is_disconnected &&
+        bs->drv->bdrv_is_disconnected(bs))
+    {
         bdrv_block_status_changed(bs);
     }
     return qatomic_read(&bs->block_status_epoch);

@@ -290,6 +290,18 @@ static void cacheextents_keep_locked(BDRVCacheExtentsState *s, CoQueue *query,
     extent_set_limit(s->extents, s->max_extents, UINT64_MAX, UINT64_MAX);
 }
 
+/* bdrv_co_block_extents() of the child, from @start to @last */
+static int coroutine_fn GRAPH_RDLOCK
+cacheextents_co_ask(BlockDriverState *bs, int64_t start, int64_t last,
+                    unsigned max, GArray *answer)
+{
+    int ret = bdrv_co_block_extents(bs->file->bs, start, last + 1 - start, max,
+                                    answer);
+
+    trace_cacheextents_query(bs, start, answer->len, ret);
+    return ret;
+}
+
 /*
  * Ask the child for everything from @start on that is not known, and keep of
  * the answer what may be kept.  If the child refuses that, ask for one extent,
@@ -305,7 +317,6 @@ cacheextents_co_query_locked(BlockDriverState *bs, int64_t start,
                              BdrvBlockExtent *extent)
 {
     BDRVCacheExtentsState *s = bs->opaque;
-    BlockDriverState *child = bs->file->bs;
     g_autoptr(GArray) answer = g_array_new(false, false,
                                            sizeof(BdrvBlockExtent));
     CoQueue query;
@@ -332,17 +343,13 @@ cacheextents_co_query_locked(BlockDriverState *bs, int64_t start,
     qemu_mutex_unlock(&s->lock);
 
     if (!single) {
-        ret = bdrv_co_block_extents(child, start, last + 1 - start, max,
-                                    answer);
-        trace_cacheextents_query(bs, start, answer->len, ret);
+        ret = cacheextents_co_ask(bs, start, last, max, answer);
         refused = ret < 0 && ret != -ENOTSUP;
     }
     if (single || refused) {
-        int single_ret = bdrv_co_block_extents(child, start,
-                                               single_last + 1 - start, 1,
-                                               answer);
+        int single_ret = cacheextents_co_ask(bs, start, single_last, 1, answer);
 
-        trace_cacheextents_query(bs, start, answer->len, single_ret);
+        /* If both fail, the caller gets the first error */
         ret = single || single_ret == 0 ? single_ret : ret;
     }
 
