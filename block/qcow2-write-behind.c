@@ -363,6 +363,22 @@ void qcow2_abandon(BlockDriverState *bs)
     }
 }
 
+int coroutine_fn qcow2_co_settle(BlockDriverState *bs, BdrvSettleMode mode)
+{
+    BDRVQcow2State *s = bs->opaque;
+
+    return s->write_behind ? wb_co_settle(bs, s->write_behind, mode) : 0;
+}
+
+void qcow2_cancel_in_flight(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = bs->opaque;
+
+    if (s->write_behind) {
+        wb_cancel_in_flight(s->write_behind);
+    }
+}
+
 void qcow2_free_ejected(BlockDriverState *bs)
 {
     BDRVQcow2State *s = bs->opaque;

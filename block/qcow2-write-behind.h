@@ -142,6 +142,27 @@ qcow2_co_read_cached(BlockDriverState *bs, uint64_t l2_entry, uint8_t **buf);
 void GRAPH_RDLOCK qcow2_abandon(BlockDriverState *bs);
 
 /**
+ * qcow2_co_settle:
+ * @bs: the node.
+ * @mode: what to do about cached data.
+ *
+ * See bdrv_co_settle().
+ *
+ * Returns: what wb_co_settle() returns; 0 if the node has no cache.
+ */
+int coroutine_fn GRAPH_RDLOCK
+qcow2_co_settle(BlockDriverState *bs, BdrvSettleMode mode);
+
+/**
+ * qcow2_cancel_in_flight:
+ * @bs: the node.
+ *
+ * Write no more of the cached data than necessary, as long as a job that is
+ * being cancelled waits for its requests.
+ */
+void GRAPH_RDLOCK qcow2_cancel_in_flight(BlockDriverState *bs);
+
+/**
  * qcow2_free_ejected:
  * @bs: the node; its image was found to be corrupt, so that it has no driver
  *      any more, and it is drained.

@@ -75,7 +75,7 @@ typedef struct BDRVSeqCacheState {
     WriteBehind *write_behind;
 
     /*
-     * Writes out cached data and gives back permissions on the child; NULL
+     * Has cached data written out and gives back permissions on the child; NULL
      * while the node is being opened or closed
      */
     QEMUBH *release_bh;
@@ -184,6 +184,15 @@ seqcache_absorb_opts(SeqCacheFilterOpts *dest, QDict *options,
     return true;
 }
 
+static void seqcache_written_out(BlockDriverState *bs)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+
+    if (qatomic_read(&s->release_pending)) {
+        qemu_bh_schedule(s->release_bh);
+    }
+}
+
 /*
  * Make the cache what @new_opts and @flags ask for.  If there is one already,
  * everything in it must be on the child.
@@ -198,6 +207,7 @@ static void seqcache_update_write_behind(BlockDriverState *bs,
         .cluster_size = new_opts->cluster_size,
         .max_streams = MAX_STREAMS,
         .event = BLKDBG_WRITE_AIO,
+        .written_out = seqcache_written_out,
     };
 
     /* Do not lose the statistics when something else is reopened */
@@ -515,7 +525,10 @@ seqcache_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
     }
 }
 
-/* Also scheduled by seqcache_co_flush_to_os(), in case this failed before */
+/*
+ * Scheduled again when what is cached is written out, and, in case that fails,
+ * by seqcache_co_flush_to_os()
+ */
 static void seqcache_release_bh(void *opaque)
 {
     BlockDriverState *bs = opaque;
@@ -529,14 +542,15 @@ static void seqcache_release_bh(void *opaque)
         return;
     }
 
-    bdrv_ref(bs);
-    if ((!s->write_behind || wb_flush(bs, s->write_behind) == 0) &&
-        s->release_pending)
-    {
-        qatomic_set(&s->release_pending, false);
-        seqcache_forget_clean(s);
-        bdrv_child_refresh_perms(bs, bs->file, NULL);
+    if (seqcache_is_dirty(bs)) {
+        wb_start_write_out(s->write_behind);
+        return;
     }
+
+    bdrv_ref(bs);
+    qatomic_set(&s->release_pending, false);
+    seqcache_forget_clean(s);
+    bdrv_child_refresh_perms(bs, bs->file, NULL);
     bdrv_unref(bs);
 }
 
@@ -1010,9 +1024,22 @@ static const char *const seqcache_mutable_opts[] = {
     SEQCACHE_OPT_CLUSTER_SIZE, SEQCACHE_OPT_CACHE_SIZE, NULL
 };
 
+static int coroutine_fn GRAPH_RDLOCK
+seqcache_co_settle(BlockDriverState *bs, BdrvSettleMode mode)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+
+    return s->write_behind ? wb_co_settle(bs, s->write_behind, mode) : 0;
+}
+
 /* A job that is cancelled does not wait for a server that is gone */
 static void GRAPH_RDLOCK seqcache_cancel_in_flight(BlockDriverState *bs)
 {
+    BDRVSeqCacheState *s = bs->opaque;
+
+    if (s->write_behind) {
+        wb_cancel_in_flight(s->write_behind);
+    }
     bdrv_cancel_in_flight(bs->file->bs);
 }
 
@@ -1045,6 +1072,7 @@ static BlockDriver bdrv_seqcache_filter = {
     .bdrv_co_copy_range_from        = seqcache_co_copy_range_from,
     .bdrv_co_copy_range_to          = seqcache_co_copy_range_to,
     .bdrv_co_flush_to_os            = seqcache_co_flush_to_os,
+    .bdrv_co_settle                 = seqcache_co_settle,
     .bdrv_cancel_in_flight          = seqcache_cancel_in_flight,
 
     .bdrv_get_specific_stats        = seqcache_get_specific_stats,

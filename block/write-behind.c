@@ -25,7 +25,20 @@
  * rely on workers: a waiter takes the next request from the cache and writes it
  * itself, and waits only for what is in flight.
  *
- * Both decide with the same function, wb_next_request(), what to write next.
+ * Both decide with the same function, wb_next_request_locked(), what to write
+ * next.
+ *
+ * What nobody flushes does not stay in memory for ever.  A timer of the main
+ * loop runs as long as there is unwritten data.  What was there already when it
+ * ran out the last time is written by the straggler, a worker that does not
+ * care whether it is worth it, and that makes one small request at a time.  So
+ * a graph change waits for no more than that.  The straggler also writes
+ * out everything that is cached when wb_start_write_out() or wb_co_settle()
+ * asks for it.  It stops at a drain, and the timer starts it again.  A kept
+ * error is left to the waiters.
+ *
+ * While the cache is settled, which wb_co_settle() starts and the timer ends,
+ * there are no workers, except those that help a flush.
  *
  * When a write to the child fails, its data goes back into the cache and @error
  * is set.  Workers stop then.  The first waiter to come writes one request
@@ -45,6 +58,7 @@
 #include "block/coroutines.h"
 #include "block/write-behind.h"
 #include "qemu/seqcache.h"
+#include "qemu/timer.h"
 #include "qemu/units.h"
 #include "trace.h"
 
@@ -53,6 +67,16 @@
 
 /* How many requests to the child can be in flight */
 #define WB_MAX_IN_FLIGHT 4
+
+/* Size of a request of the straggler, if it can be smaller than a cluster */
+#define WB_STRAGGLER_BYTES (256 * KiB)
+
+/* How long a settled cache stays so; and if its user is still waiting for it */
+#define WB_SETTLED_MS 5000
+#define WB_CANCELLED_MS 60000
+
+/* When the straggler looks whether it can go on where it had to stop */
+#define WB_RETRY_MS 100
 
 /* A coroutine that waits in wb_co_reserve() */
 typedef struct WriteBehindReserver {
@@ -72,6 +96,9 @@ struct WriteBehind {
     int64_t cluster_size;
     bool pad;
     BlkdebugEvent event;
+    int64_t max_age_ms;
+    int64_t settled_ms;
+    void (*written_out)(BlockDriverState *bs);
 
     /* Protects everything below; never held over a yield */
     QemuMutex lock;
@@ -85,10 +112,37 @@ struct WriteBehind {
     QSIMPLEQ_HEAD(, WriteBehindReserver) reservers;
     /* Coroutines in wb_co_flush() */
     unsigned nb_flushing;
+    /* Coroutines in wb_co_settle() that write; not while it is settled */
+    unsigned nb_settling;
 
     /* Background coroutines, and whether one of them has yet to begin */
     unsigned nb_workers;
     bool worker_starting;
+    /* Whether one of them is the straggler */
+    bool has_straggler;
+    /* Whether it has to write out what was cached at @straggler_point, ... */
+    bool straggler_wanted;
+    uint64_t straggler_point;
+    /* ... to call @written_out then, and first to try again what has failed */
+    bool straggler_notify;
+    bool straggler_retry;
+
+    /* Starts the straggler; NULL when @freed */
+    QEMUTimer *timer;
+    bool timer_armed;
+    /* What was cached at this flush point is old when the timer runs out */
+    uint64_t age_point;
+
+    /* No workers until then, in ms of the real-time clock; 0: not settled */
+    int64_t settled_until;
+
+    /*
+     * While BDRV_SETTLE_WRITE has not written everything: the flush point of
+     * its first call
+     */
+    bool settle_write;
+    uint64_t settle_point;
+
     /* Requests that a worker or a waiter is writing to the child */
     unsigned nb_in_flight;
 
@@ -114,6 +168,8 @@ struct WriteBehind {
     BlockStatsWriteBehind stats;
 };
 
+static void wb_timer_cb(void *opaque);
+
 WriteBehind *wb_new(BlockDriverState *bs, const WriteBehindOptions *opts)
 {
     WriteBehind *wb = g_new0(WriteBehind, 1);
@@ -128,6 +184,10 @@ WriteBehind *wb_new(BlockDriverState *bs, const WriteBehindOptions *opts)
     wb->max_clusters = opts->cache_size / opts->cluster_size;
     wb->pad = opts->pad;
     wb->event = opts->event;
+    wb->max_age_ms = opts->max_age_ms ?: WB_MAX_AGE_MS;
+    wb->settled_ms = MIN(wb->max_age_ms, WB_SETTLED_MS);
+    wb->written_out = opts->written_out;
+    wb->timer = timer_new_ms(QEMU_CLOCK_REALTIME, wb_timer_cb, wb);
     assert(wb->max_clusters >= 2);
 
     qemu_mutex_init(&wb->lock);
@@ -154,9 +214,12 @@ void wb_free(WriteBehind *wb)
     }
 
     qemu_mutex_lock(&wb->lock);
-    assert(!wb->nb_in_flight && !wb->nb_flushing && !wb->nb_reserved);
+    assert(!wb->nb_in_flight && !wb->nb_flushing && !wb->nb_settling);
+    assert(!wb->nb_reserved);
     assert(QSIMPLEQ_EMPTY(&wb->reservers));
     wb->freed = true;
+    timer_free(wb->timer);
+    wb->timer = NULL;
     last = !wb->nb_workers;
     qemu_mutex_unlock(&wb->lock);
 
@@ -206,6 +269,31 @@ wb_limits(BlockDriverState *bs, WriteBehind *wb)
     return limits;
 }
 
+/* Called with wb->lock held */
+static void wb_arm_timer_locked(WriteBehind *wb, int64_t ms)
+{
+    if (!wb->freed) {
+        wb->timer_armed = true;
+        timer_mod(wb->timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms);
+    }
+}
+
+/* Want the straggler to write out all that is cached.  wb->lock is held. */
+static void wb_want_straggler_locked(WriteBehind *wb)
+{
+    wb->straggler_wanted = true;
+    wb->straggler_point = seqcache_flush_point(wb->cache);
+}
+
+/*
+ * Whether workers must not begin anything: a flush needs them even if the cache
+ * is settled.  Called with wb->lock held.
+ */
+static bool wb_is_settled_locked(WriteBehind *wb)
+{
+    return wb->settled_until && !wb->nb_flushing;
+}
+
 /* Which data, if any, is worth being written now */
 typedef enum WriteBehindWork {
     WB_WORK_NONE,
@@ -234,7 +322,7 @@ static WriteBehindWork wb_work_locked(WriteBehind *wb,
         return WB_WORK_NONE;
     }
 
-    if (wb->nb_flushing) {
+    if (wb->nb_flushing || (wb->nb_settling && !wb->settled_until)) {
         return WB_WORK_ALL;
     }
 
@@ -243,8 +331,15 @@ static WriteBehindWork wb_work_locked(WriteBehind *wb,
         return WB_WORK_NONE;
     }
 
+    if (!QSIMPLEQ_EMPTY(&wb->reservers) && !wb->nb_in_flight) {
+        return WB_WORK_FINISHED;
+    }
+
+    if (wb->settled_until) {
+        return WB_WORK_NONE;
+    }
+
     if (stats.nb_finished >= wb->max_clusters / 2 ||
-        (!QSIMPLEQ_EMPTY(&wb->reservers) && !wb->nb_in_flight) ||
         (stats.bytes_finished > almost_max &&
          seqcache_next_flush_bytes(wb->cache, limits) > almost_max))
     {
@@ -332,7 +427,8 @@ wb_start_worker_locked(BlockDriverState *bs, WriteBehind *wb)
     SeqCacheLimits limits = wb_limits(bs, wb);
 
     if (wb->worker_starting || wb->nb_workers >= WB_MAX_IN_FLIGHT ||
-        wb->freed || wb->error || qatomic_read(&bs->quiesce_counter) ||
+        wb->freed || wb->error || wb_is_settled_locked(wb) ||
+        qatomic_read(&bs->quiesce_counter) ||
         wb_work_locked(wb, &limits) == WB_WORK_NONE) {
         return;
     }
@@ -354,7 +450,8 @@ wb_co_work_locked(BlockDriverState *bs, WriteBehind *wb)
 {
     SeqCacheRequest *req;
 
-    while (!wb->freed && !wb->error && !qatomic_read(&bs->quiesce_counter) &&
+    while (!wb->freed && !wb->error && !wb_is_settled_locked(wb) &&
+           !qatomic_read(&bs->quiesce_counter) &&
            (req = wb_next_request_locked(bs, wb)) != NULL) {
         /* While this one is in flight, there may be work for another worker */
         wb_start_worker_locked(bs, wb);
@@ -362,11 +459,30 @@ wb_co_work_locked(BlockDriverState *bs, WriteBehind *wb)
     }
 }
 
+/*
+ * The last thing that a worker does.  Called with wb->lock held, which is
+ * released.
+ */
+static void coroutine_fn
+wb_end_worker_locked(BlockDriverState *bs, WriteBehind *wb)
+{
+    bool last;
+
+    wb->nb_workers--;
+    last = wb->freed && !wb->nb_workers;
+    qemu_co_queue_restart_all(&wb->waiters);
+    qemu_mutex_unlock(&wb->lock);
+
+    if (last) {
+        wb_destroy(wb);
+    }
+    bdrv_dec_in_flight(bs);
+}
+
 static void coroutine_fn wb_co_worker(void *opaque)
 {
     WriteBehind *wb = opaque;
     BlockDriverState *bs = wb->bs;
-    bool last;
 
     qemu_mutex_lock(&wb->lock);
     wb->worker_starting = false;
@@ -374,14 +490,157 @@ static void coroutine_fn wb_co_worker(void *opaque)
         wb_co_work_locked(bs, wb);
         bdrv_graph_co_rdunlock();
     }
-    wb->nb_workers--;
-    last = wb->freed && !wb->nb_workers;
-    qemu_mutex_unlock(&wb->lock);
+    wb_end_worker_locked(bs, wb);
+}
 
-    if (last) {
-        wb_destroy(wb);
+/*
+ * Whether the straggler may write: not while the node is drained or inactive,
+ * or its image was found to be corrupt.  Called with wb->lock held.
+ */
+static bool wb_straggler_can_run_locked(BlockDriverState *bs, WriteBehind *wb)
+{
+    return !wb->freed && !wb->abandoned && !wb_is_settled_locked(wb) &&
+           bs->drv && !qatomic_read(&bs->quiesce_counter) &&
+           !(bs->open_flags & BDRV_O_INACTIVE) &&
+           (!wb->error || (wb->straggler_retry && !wb->nb_in_flight));
+}
+
+/*
+ * Returns: whether the straggler has nothing to do (any more); if so, it is no
+ * longer wanted.  Called with wb->lock held.
+ */
+static bool wb_straggler_is_done_locked(BlockDriverState *bs, WriteBehind *wb)
+{
+    if (!seqcache_is_flushed(wb->cache, wb->straggler_point)) {
+        return false;
     }
-    bdrv_dec_in_flight(bs);
+    wb->straggler_wanted = false;
+    if (wb->straggler_notify && !wb->freed) {
+        wb->straggler_notify = false;
+        wb->written_out(bs);
+    }
+    return true;
+}
+
+/*
+ * The straggler is wanted, but cannot run now: try again later.  Called with
+ * wb->lock held.
+ */
+static void wb_rearm_timer_locked(BlockDriverState *bs, WriteBehind *wb)
+{
+    if (bs->drv) {
+        wb_arm_timer_locked(wb, qatomic_read(&bs->quiesce_counter) ?
+                                WB_RETRY_MS : wb->max_age_ms);
+    }
+}
+
+/*
+ * Write out what was cached at wb->straggler_point, one request at a time.
+ * Called with wb->lock held, which is released while a request is in flight.
+ */
+static void coroutine_fn GRAPH_RDLOCK
+wb_co_straggle_locked(BlockDriverState *bs, WriteBehind *wb)
+{
+    while (wb_straggler_can_run_locked(bs, wb) &&
+           !seqcache_is_flushed(wb->cache, wb->straggler_point)) {
+        SeqCacheLimits limits = wb_limits(bs, wb);
+        SeqCacheRequest *req;
+
+        limits.max_bytes = MIN(limits.max_bytes, WB_STRAGGLER_BYTES);
+        limits.max_bytes = MAX(limits.max_bytes, wb->cluster_size);
+        req = seqcache_get_next_flush(wb->cache, &limits, true);
+        wb->straggler_retry = false;
+        if (req) {
+            wb_co_write_locked(bs, wb, req);
+        } else {
+            /* What is not flushed is in flight: others write it */
+            qemu_co_queue_wait(&wb->waiters, &wb->lock);
+        }
+    }
+}
+
+static void coroutine_fn wb_co_straggler(void *opaque)
+{
+    WriteBehind *wb = opaque;
+    BlockDriverState *bs = wb->bs;
+
+    qemu_mutex_lock(&wb->lock);
+    if (bdrv_graph_co_try_rdlock()) {
+        wb_co_straggle_locked(bs, wb);
+        bdrv_graph_co_rdunlock();
+    }
+    wb->has_straggler = false;
+    if (!wb_straggler_is_done_locked(bs, wb)) {
+        wb_rearm_timer_locked(bs, wb);
+    } else if (!wb->timer_armed && !seqcache_is_clean(wb->cache)) {
+        wb_arm_timer_locked(wb, wb->max_age_ms);
+    }
+    wb_end_worker_locked(bs, wb);
+}
+
+/*
+ * What the straggler is to do now that the timer has run out.  Arms the timer
+ * again if there is, or can be, anything to do later.
+ *
+ * Returns: whether it has to be started.  Called with wb->lock held.
+ */
+static bool wb_timer_locked(BlockDriverState *bs, WriteBehind *wb)
+{
+    int64_t now = qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
+
+    wb->timer_armed = false;
+    if (wb->settled_until > now) {
+        wb_arm_timer_locked(wb, wb->settled_until - now);
+        return false;
+    }
+    if (wb->settled_until) {
+        wb->settled_until = 0;
+        wb_want_straggler_locked(wb);
+    }
+    if (wb->has_straggler) {
+        /* It arms the timer when it ends */
+        return false;
+    }
+    if (!wb->straggler_wanted) {
+        if (seqcache_is_clean(wb->cache)) {
+            /* The next write arms the timer */
+            return false;
+        }
+        wb->straggler_wanted = true;
+        wb->straggler_point = wb->age_point;
+        wb->age_point = seqcache_flush_point(wb->cache);
+    }
+    if (wb_straggler_is_done_locked(bs, wb)) {
+        wb_arm_timer_locked(wb, wb->max_age_ms);
+        return false;
+    }
+    if (!wb_straggler_can_run_locked(bs, wb)) {
+        wb_rearm_timer_locked(bs, wb);
+        return false;
+    }
+
+    wb->has_straggler = true;
+    wb->nb_workers++;
+    bdrv_inc_in_flight(bs);
+    return true;
+}
+
+/* Runs in the main loop, and not in a nested event loop */
+static void wb_timer_cb(void *opaque)
+{
+    WriteBehind *wb = opaque;
+    BlockDriverState *bs = wb->bs;
+    bool start;
+
+    GLOBAL_STATE_CODE();
+
+    WITH_QEMU_LOCK_GUARD(&wb->lock) {
+        start = wb_timer_locked(bs, wb);
+    }
+    if (start) {
+        aio_co_enter(bdrv_get_aio_context(bs),
+                     qemu_coroutine_create(wb_co_straggler, wb));
+    }
 }
 
 /*
@@ -493,6 +752,15 @@ bool wb_continues(WriteBehind *wb, int64_t offset)
     return seqcache_continues(wb->cache, offset);
 }
 
+/* There is data that will be old one day.  Called with wb->lock held. */
+static void wb_start_timer_locked(WriteBehind *wb)
+{
+    if (!wb->timer_armed) {
+        wb->age_point = seqcache_flush_point(wb->cache);
+        wb_arm_timer_locked(wb, wb->max_age_ms);
+    }
+}
+
 /* Store a write if that is possible.  Called with wb->lock held. */
 static bool coroutine_fn GRAPH_RDLOCK
 wb_store_locked(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
@@ -509,6 +777,7 @@ wb_store_locked(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
         wb->stats.accepted_requests++;
         wb->stats.max_cached_bytes = MAX(wb->stats.max_cached_bytes,
                                          stats.bytes_cached);
+        wb_start_timer_locked(wb);
         wb_start_worker_locked(bs, wb);
     }
     return ok;
@@ -558,6 +827,7 @@ int64_t coroutine_fn wb_overwrite(BlockDriverState *bs, WriteBehind *wb,
         trace_wb_overwrite(bs, offset, bytes, done);
         wb->stats.accepted_bytes += done;
         wb->stats.accepted_requests++;
+        wb_start_timer_locked(wb);
     }
     return done;
 }
@@ -728,6 +998,94 @@ int coroutine_fn wb_co_flush(BlockDriverState *bs, WriteBehind *wb)
     return wb_co_flush_locked(bs, wb, 0, 0);
 }
 
+/*
+ * Write out a part of what was cached when this was first called since it has
+ * returned 0.  Called with wb->lock held.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+wb_co_settle_write_locked(BlockDriverState *bs, WriteBehind *wb)
+{
+    uint64_t nb_failures = wb->nb_failures;
+    uint64_t issued = wb->stats.issued_requests;
+    int ret;
+
+    if (wb->abandoned) {
+        return -ECANCELED;
+    }
+    if (!wb->settle_write) {
+        wb->settle_write = true;
+        wb->settle_point = seqcache_flush_point(wb->cache);
+    }
+    wb->settled_until = 0;
+
+    if (!seqcache_is_flushed(wb->cache, wb->settle_point)) {
+        wb->nb_settling++;
+        wb_start_worker_locked(bs, wb);
+        while (wb->stats.issued_requests == issued &&
+               wb_co_step_locked(bs, wb)) {
+            /* Until one of the requests is done, whoever makes it */
+        }
+        wb->nb_settling--;
+
+        ret = wb_new_error_locked(wb, &nb_failures);
+        if (ret < 0) {
+            return ret;
+        }
+        if (!seqcache_is_flushed(wb->cache, wb->settle_point)) {
+            return 1;
+        }
+    }
+    wb->settle_write = false;
+    return 0;
+}
+
+/* The cache is settled for @ms milliseconds.  Called with wb->lock held. */
+static void wb_settle_locked(WriteBehind *wb, int64_t ms)
+{
+    wb->settled_until = qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms;
+    wb_arm_timer_locked(wb, ms);
+}
+
+void wb_cancel_in_flight(WriteBehind *wb)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    wb_settle_locked(wb, WB_CANCELLED_MS);
+}
+
+int coroutine_fn wb_co_settle(BlockDriverState *bs, WriteBehind *wb,
+                              BdrvSettleMode mode)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    trace_wb_settle(bs, mode, seqcache_is_clean(wb->cache));
+    if (mode == BDRV_SETTLE_WRITE) {
+        return wb_co_settle_write_locked(bs, wb);
+    }
+
+    wb_settle_locked(wb, wb->settled_ms);
+    while (wb->nb_workers) {
+        qemu_co_queue_wait(&wb->waiters, &wb->lock);
+    }
+
+    if (mode == BDRV_SETTLE_IDLE) {
+        wb->settled_until = 0;
+        wb_want_straggler_locked(wb);
+        wb_arm_timer_locked(wb, 0);
+    }
+    return 0;
+}
+
+void wb_start_write_out(WriteBehind *wb)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    wb_want_straggler_locked(wb);
+    wb->straggler_notify = true;
+    wb->straggler_retry = true;
+    wb_arm_timer_locked(wb, 0);
+}
+
 int coroutine_fn wb_co_write_out(BlockDriverState *bs, WriteBehind *wb,
                                  int64_t offset, int64_t bytes)
 {
@@ -788,6 +1146,7 @@ BlockStatsWriteBehind *wb_get_stats(WriteBehind *wb)
     *stats = wb->stats;
     stats->cache_size = wb_cache_size(wb);
     stats->cached_bytes = cache_stats.bytes_cached;
+    stats->unwritten_bytes = seqcache_bytes_unwritten(wb->cache);
 
     return stats;
 }

@@ -904,6 +904,21 @@ uint64_t seqcache_nb_clusters(const SeqCache *s)
     return g_hash_table_size(s->clusters);
 }
 
+uint64_t seqcache_bytes_unwritten(const SeqCache *s)
+{
+    uint64_t bytes = 0;
+    GHashTableIter iter;
+    gpointer key;
+
+    g_hash_table_iter_init(&iter, s->clusters);
+    while (g_hash_table_iter_next(&iter, &key, NULL)) {
+        const SeqCluster *c = key;
+
+        bytes += c->doomed ? 0 : c->end - MAX(c->begin, c->flushed);
+    }
+    return bytes;
+}
+
 void seqcache_get_stats(const SeqCache *s, SeqCacheStats *stats)
 {
     *stats = (SeqCacheStats) {

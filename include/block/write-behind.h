@@ -46,6 +46,12 @@ typedef struct WriteBehind WriteBehind;
  * @pad: whether the end of a stream may be padded with zeroes inside its
  *       cluster, as in SeqCacheOptions.
  * @event: the blkdebug event of each write to the child.
+ * @max_age_ms: data that is older is written although nobody flushes, in
+ *              milliseconds; 0 for WB_MAX_AGE_MS.
+ * @written_out: called when what wb_start_write_out() asked for is done; may be
+ *               NULL if that is not used.  It can be called in any thread, and
+ *               must not call any function of this file.  The node has a
+ *               request in flight, or the caller is in the main loop.
  */
 typedef struct WriteBehindOptions {
     int64_t cache_size;
@@ -53,7 +59,12 @@ typedef struct WriteBehindOptions {
     unsigned max_streams;
     bool pad;
     BlkdebugEvent event;
+    int64_t max_age_ms;
+    void (*written_out)(BlockDriverState *bs);
 } WriteBehindOptions;
+
+/* How old data gets before it is written without a flush, usually */
+#define WB_MAX_AGE_MS 5000
 
 /**
  * wb_new:
@@ -61,7 +72,7 @@ typedef struct WriteBehindOptions {
  * @opts: how to behave; copied.  Values outside the ranges given at
  *        WriteBehindOptions are the caller's bug.
  *
- * Create a WriteBehind without any data.
+ * Create a WriteBehind without any data.  Called in the main thread.
  *
  * Returns: the WriteBehind, to be freed with wb_free() before @bs is gone.
  */
@@ -73,7 +84,7 @@ WriteBehind *wb_new(BlockDriverState *bs, const WriteBehindOptions *opts);
  *
  * Free @wb.  Data that is still cached is lost: flush before, and report what
  * could not be written.  No request may be using @wb and no write to the child
- * may be in flight, as is the case after a drain.
+ * may be in flight, as is the case after a drain.  Called in the main thread.
  */
 void wb_free(WriteBehind *wb);
 
@@ -272,6 +283,46 @@ int coroutine_fn GRAPH_RDLOCK
 wb_co_flush(BlockDriverState *bs, WriteBehind *wb);
 int co_wrapper_mixed_bdrv_rdlock
 wb_flush(BlockDriverState *bs, WriteBehind *wb);
+
+/**
+ * wb_co_settle:
+ * @bs: the node.
+ * @wb: the WriteBehind.
+ * @mode: what to do; see BdrvSettleMode.
+ *
+ * What a driver does for BlockDriver.bdrv_co_settle.  With BDRV_SETTLE_STOP and
+ * BDRV_SETTLE_IDLE, waits for background writes that are in flight.  Writes
+ * that callers of other functions make themselves, in order to flush or to
+ * have room, go on.
+ *
+ * Returns: with BDRV_SETTLE_WRITE, 1 if there is more to write, 0 if not, or
+ * the negative errno of a failed write; otherwise 0.
+ */
+int coroutine_fn GRAPH_RDLOCK
+wb_co_settle(BlockDriverState *bs, WriteBehind *wb, BdrvSettleMode mode);
+
+/**
+ * wb_cancel_in_flight:
+ * @wb: the WriteBehind.
+ *
+ * What a driver does for BlockDriver.bdrv_cancel_in_flight: until the caller is
+ * through and calls wb_co_settle(), or for a minute, do not begin background
+ * writes, and write no more than necessary for those who wait for room.
+ */
+void wb_cancel_in_flight(WriteBehind *wb);
+
+/**
+ * wb_start_write_out:
+ * @wb: the WriteBehind.
+ *
+ * Write out in the background everything that is cached now, one request at a
+ * time, and then call @written_out of WriteBehindOptions.  Begins with a new
+ * attempt if the latest write to the child has failed.  If a write fails, what
+ * is left is written after the next flush that succeeds, if not by it.
+ *
+ * Does not wait; may be called where the graph lock is held for writing.
+ */
+void wb_start_write_out(WriteBehind *wb);
 
 /**
  * wb_co_write_out:

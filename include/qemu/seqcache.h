@@ -406,6 +406,17 @@ bool seqcache_discard(SeqCache *s, int64_t offset, int64_t bytes);
 uint64_t seqcache_nb_clusters(const SeqCache *s);
 
 /**
+ * seqcache_bytes_unwritten:
+ * @s: the cache.
+ *
+ * The cost is proportional to the number of cached clusters.
+ *
+ * Returns: how many of the cached bytes were not yet written out; those of
+ * requests in flight count until they are completed.
+ */
+uint64_t seqcache_bytes_unwritten(const SeqCache *s);
+
+/**
  * seqcache_get_stats:
  * @s: the cache.
  * @stats: filled in.

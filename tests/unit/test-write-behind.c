@@ -18,6 +18,7 @@
 #include "qapi/error.h"
 #include "block/block_int.h"
 #include "block/write-behind.h"
+#include "qobject/qdict.h"
 #include "qemu/cutils.h"
 #include "qemu/main-loop.h"
 #include "qemu/units.h"
@@ -341,6 +342,14 @@ node_co_flush_to_os(BlockDriverState *bs)
     return s->wb ? wb_co_flush(bs, s->wb) : 0;
 }
 
+static int coroutine_fn GRAPH_RDLOCK
+node_co_settle(BlockDriverState *bs, BdrvSettleMode mode)
+{
+    TestNode *s = bs->opaque;
+
+    return wb_co_settle(bs, s->wb, mode);
+}
+
 static BlockDriver bdrv_node = {
     .format_name            = "write-behind-node",
     .instance_size          = sizeof(TestNode),
@@ -351,6 +360,7 @@ static BlockDriver bdrv_node = {
     .bdrv_co_pwritev        = node_co_pwritev,
     .bdrv_co_pdiscard       = node_co_pdiscard,
     .bdrv_co_flush_to_os    = node_co_flush_to_os,
+    .bdrv_co_settle         = node_co_settle,
 };
 
 /* ---- A test's environment ---- */
@@ -362,6 +372,7 @@ typedef struct TestConfig {
     bool no_pad;
     uint32_t align;         /* 0: 1 */
     uint32_t max_transfer;
+    int64_t max_age_ms;
 } TestConfig;
 
 typedef struct Test {
@@ -404,6 +415,14 @@ static void test_detach(Test *t)
     bdrv_graph_wrunlock();
 }
 
+/* How often the WriteBehind of the only node said so */
+static unsigned nb_written_out;
+
+static void count_written_out(BlockDriverState *bs)
+{
+    nb_written_out++;
+}
+
 static Test *test_new(const TestConfig *config)
 {
     WriteBehindOptions opts = {
@@ -412,6 +431,8 @@ static Test *test_new(const TestConfig *config)
         .max_streams = config->max_streams ?: 4,
         .pad = !config->no_pad,
         .event = BLKDBG_WRITE_COMPRESSED,
+        .max_age_ms = config->max_age_ms,
+        .written_out = count_written_out,
     };
     Test *t = g_new0(Test, 1);
     TestNode *s;
@@ -670,6 +691,13 @@ static int coroutine_fn op_write_out(TestOp *op)
     }
     bdrv_dec_in_flight(t->bs);
     return ret;
+}
+
+/* @gen is the mode */
+static int coroutine_fn op_settle(TestOp *op)
+{
+    GRAPH_RDLOCK_GUARD();
+    return bdrv_co_settle(op->t->bs, op->gen);
 }
 
 static bool op_done(TestOp *op)
@@ -2373,6 +2401,7 @@ static void test_stats(void)
 
     assert_stat(t, cache_size, ==, 5 * 4096);
     assert_stat(t, cached_bytes, ==, 4300);
+    assert_stat(t, unwritten_bytes, ==, 4000);
     assert_stat(t, max_cached_bytes, ==, 4396);
     assert_stat(t, accepted_requests, ==, 4);
     assert_stat(t, accepted_bytes, ==, 8396);
@@ -2382,6 +2411,500 @@ static void test_stats(void)
     assert_stat(t, read_hits, ==, 2);
     assert_stat(t, read_hit_bytes, ==, 16);
     assert_stat(t, errors, ==, 1);
+
+    test_free(t);
+}
+
+/* What is in flight is not written yet, what is discarded never will be */
+static void test_stats_unwritten(void)
+{
+    Test *t = test_new(&(TestConfig) {
+        .cluster_size = 4096,
+        .cache_size = 8 * 4096,
+    });
+
+    disk_hold(t->disk);
+    append_ok(t, 8 * 4096);
+    g_assert_cmpuint(t->disk->nb_held, >, 0);
+    assert_stat(t, unwritten_bytes, ==, 8 * 4096);
+    disk_release(t->disk);
+    flush_ok(t);
+    assert_stat(t, unwritten_bytes, ==, 0);
+    assert_stat(t, cached_bytes, ==, 0);
+
+    append_ok(t, 1000);
+    assert_stat(t, unwritten_bytes, ==, 1000);
+    flush_ok(t);
+    assert_stat(t, unwritten_bytes, ==, 0);
+    assert_stat(t, cached_bytes, ==, 1000);
+    run_ok(t, op_overwrite, .offset = 8 * 4096 + 100, .bytes = 200, .gen = 2);
+    assert_stat(t, unwritten_bytes, ==, 900);
+    append_ok(t, 10);
+    assert_stat(t, unwritten_bytes, ==, 910);
+    run_ok(t, op_discard, .offset = 8 * 4096, .bytes = 4096);
+    assert_stat(t, unwritten_bytes, ==, 0);
+
+    test_free(t);
+}
+
+/* ---- Age ---- */
+
+/* Let more time go by than data may take to get old, or to try again */
+static void pass_time(void)
+{
+    g_usleep(2000);
+    qemu_clock_run_timers(QEMU_CLOCK_REALTIME);
+    settle();
+}
+
+/* For what needs the timer several times; ends if nothing happens at all */
+static void wait_for_writes(Test *t, unsigned n)
+{
+    for (unsigned i = 0; i < 30000 && t->disk->log->len < n; i++) {
+        pass_time();
+    }
+    g_assert_cmpuint(t->disk->log->len, ==, n);
+}
+
+#define AGE_CONFIG                                                      \
+    .cluster_size = 4096, .cache_size = 64 * 4096, .max_streams = 4,    \
+    .max_age_ms = 1
+
+/* The straggler makes requests of 256 KiB, the others of 1 MiB */
+#define LARGE_CONFIG .cluster_size = 64 * KiB, .cache_size = 4 * MiB
+
+/* What nobody flushes is written nevertheless, once, and not padded */
+static void test_age(void)
+{
+    Test *t = test_new(&(TestConfig) { AGE_CONFIG, .align = 512 });
+
+    append_ok(t, 1000);
+    settle();
+    assert_no_writes(t->disk);
+    assert_stat(t, unwritten_bytes, ==, 1000);
+    pass_time();
+    /* The block layer reads what it needs for a whole block */
+    g_assert_cmpuint(t->disk->nb_reads, ==, 1);
+    assert_writes(t->disk, { 0, 1024 });
+    assert_on_disk(t, 0, DISK_SIZE);
+    assert_stat(t, unwritten_bytes, ==, 0);
+    pass_time();
+    pass_time();
+    assert_no_writes(t->disk);
+
+    /* The stream goes on, and the timer runs again */
+    append_ok(t, 4000);
+    wait_for_writes(t, 1);
+    assert_writes(t->disk, { 512, 4608 });
+    assert_on_disk(t, 0, DISK_SIZE);
+    run_ok(t, op_overwrite, .offset = 4096, .bytes = 904, .gen = 2);
+    wait_for_writes(t, 1);
+    assert_on_disk(t, 0, DISK_SIZE);
+
+    test_free(t);
+}
+
+/* What is young when the timer runs out is written the next time */
+static void test_age_mark(void)
+{
+    Test *t = test_new(&(TestConfig) { AGE_CONFIG });
+
+    write_ok(t, 0, 1000);
+    write_ok(t, MiB, 1000);
+    pass_time();
+    assert_writes(t->disk, { 0, 1000 });
+    pass_time();
+    assert_writes(t->disk, { MiB, 1000 });
+
+    test_free(t);
+}
+
+/* One request at a time, and small ones */
+static void test_age_requests(void)
+{
+    Test *t = test_new(&(TestConfig) { LARGE_CONFIG, .max_age_ms = 1 });
+
+    append_ok(t, 640 * KiB);
+    append_ok(t, 1);
+    settle();
+    assert_no_writes(t->disk);
+    disk_hold(t->disk);
+    pass_time();
+    pass_time();
+    g_assert_cmpuint(t->disk->nb_held, ==, 1);
+    disk_release(t->disk);
+    wait_for_writes(t, 3);
+    assert_writes(t->disk, { 0, 256 * KiB }, { 256 * KiB, 256 * KiB },
+                  { 512 * KiB, 128 * KiB + 1 });
+    g_assert_cmpuint(t->disk->max_in_flight, ==, 1);
+    assert_on_disk(t, 0, DISK_SIZE);
+
+    test_free(t);
+}
+
+/* Not in a drained section, but after it */
+static void test_age_drained(void)
+{
+    Test *t = test_new(&(TestConfig) { AGE_CONFIG });
+
+    append_ok(t, 10 * 4096);
+    bdrv_drained_begin(t->bs);
+    pass_time();
+    pass_time();
+    assert_no_writes(t->disk);
+    bdrv_drained_end(t->bs);
+    wait_for_writes(t, 1);
+    assert_on_disk(t, 0, DISK_SIZE);
+
+    test_free(t);
+}
+
+/* A drained section that begins meanwhile waits for one request */
+static void test_age_drain_begins(void)
+{
+    Test *t = test_new(&(TestConfig) { LARGE_CONFIG, .max_age_ms = 1 });
+
+    append_ok(t, 640 * KiB);
+    disk_hold(t->disk);
+    pass_time();
+    g_assert_cmpuint(t->disk->nb_held, ==, 1);
+
+    aio_bh_schedule_oneshot(qemu_get_aio_context(), disk_release, t->disk);
+    bdrv_drained_begin(t->bs);
+    assert_writes(t->disk, { 0, 256 * KiB });
+    bdrv_drained_end(t->bs);
+    wait_for_writes(t, 2);
+    assert_on_disk(t, 0, DISK_SIZE);
+
+    test_free(t);
+}
+
+/* Not on a node that is inactive, or whose image is corrupt */
+static void test_age_inactive(void)
+{
+    Test *t = test_new(&(TestConfig) { AGE_CONFIG });
+
+    append_ok(t, 1000);
+    t->bs->open_flags |= BDRV_O_INACTIVE;
+    pass_time();
+    pass_time();
+    assert_no_writes(t->disk);
+    t->bs->open_flags &= ~BDRV_O_INACTIVE;
+    wait_for_writes(t, 1);
+
+    append_ok(t, 1000);
+    g_array_set_size(t->disk->log, 0);
+    t->bs->drv = NULL;
+    pass_time();
+    pass_time();
+    assert_no_writes(t->disk);
+    t->bs->drv = &bdrv_node;
+
+    test_free(t);
+}
+
+/* One attempt; then it is for a flush or a writer to try again */
+static void test_age_error(void)
+{
+    Test *t = test_new(&(TestConfig) { AGE_CONFIG });
+
+    append_ok(t, 1000);
+    disk_fail(t->disk, EIO, 0);
+    pass_time();
+    assert_writes(t->disk, { 0, 1000 });
+    assert_stat(t, errors, ==, 1);
+    pass_time();
+    pass_time();
+    assert_no_writes(t->disk);
+    g_assert_cmpint(run(t, op_flush), ==, -EIO);
+    disk_fail(t->disk, 0, 0);
+    flush_ok(t);
+    g_array_set_size(t->disk->log, 0);
+
+    append_ok(t, 1000);
+    wait_for_writes(t, 1);
+    assert_writes(t->disk, { 1000, 1000 });
+    assert_on_disk(t, 0, DISK_SIZE);
+
+    test_free(t);
+}
+
+/* The timer is gone with the cache, also when it has run out */
+static void test_age_free(void)
+{
+    Test *t = test_new(&(TestConfig) { AGE_CONFIG });
+
+    append_ok(t, 1000);
+    g_usleep(2000);
+    bdrv_drained_begin(t->bs);
+    run_ok(t, op_flush);
+    g_array_set_size(t->disk->log, 0);
+    bdrv_drained_end(t->bs);
+    append_ok(t, 1000);
+    test_free(t);
+    qemu_clock_run_timers(QEMU_CLOCK_REALTIME);
+    settle();
+}
+
+/* ---- Settling ---- */
+
+#define SETTLE_CONFIG                                                   \
+    .cluster_size = 4096, .cache_size = 64 * 4096, .max_transfer = 4096
+
+/* Fill the cache so that four requests are in flight, and more to come */
+static Test *test_new_busy(int64_t max_age_ms)
+{
+    Test *t = test_new(&(TestConfig) {
+        SETTLE_CONFIG, .max_age_ms = max_age_ms
+    });
+
+    disk_hold(t->disk);
+    append_ok(t, 60 * 4096 + 1);
+    settle();
+    g_assert_cmpuint(t->disk->nb_held, ==, 4);
+    return t;
+}
+
+/*
+ * Who settles a node waits for what is in flight, but for no more; then a graph
+ * change need not wait.  A flush and a writer go on.
+ */
+static void test_settle_stop(void)
+{
+    Test *t = test_new_busy(0);
+    TestOp op = { .t = t, .fn = op_settle, .gen = BDRV_SETTLE_STOP };
+    TestOp flush = { .t = t, .fn = op_flush };
+
+    op_start(&op);
+    settle();
+    g_assert_false(op_done(&op));
+    for (int i = 0; i < 3; i++) {
+        disk_release_one(t->disk);
+        settle();
+    }
+    g_assert_false(op_done(&op));
+    disk_release_one(t->disk);
+    settle();
+    g_assert_true(op_done(&op));
+    g_assert_cmpuint(t->disk->nb_writes, ==, 4);
+
+    /* It would hang if anything was in flight */
+    append_ok(t, 4096);
+    settle();
+    g_assert_cmpuint(t->disk->nb_writes, ==, 4);
+    bdrv_graph_wrlock();
+    bdrv_graph_wrunlock();
+
+    op_start(&flush);
+    settle();
+    g_assert_cmpuint(t->disk->nb_held, ==, 4);
+    disk_release(t->disk);
+    g_assert_cmpint(op_wait(&flush), ==, 0);
+    assert_on_disk(t, 0, DISK_SIZE);
+    append_ok(t, 4096 * 64);
+
+    test_free(t);
+}
+
+/* It is not for ever: what is left is written after a while */
+static void test_settle_stop_ends(void)
+{
+    Test *t = test_new_busy(1);
+    TestOp op = { .t = t, .fn = op_settle, .gen = BDRV_SETTLE_STOP };
+
+    op_start(&op);
+    disk_release(t->disk);
+    g_assert_cmpint(op_wait(&op), ==, 0);
+    wait_for_writes(t, 61);
+    assert_on_disk(t, 0, DISK_SIZE);
+    assert_stat(t, unwritten_bytes, ==, 0);
+
+    test_free(t);
+}
+
+/* One at a time, but at once */
+static void test_settle_idle(void)
+{
+    Test *t = test_new_busy(0);
+    TestOp op = { .t = t, .fn = op_settle, .gen = BDRV_SETTLE_IDLE };
+
+    op_start(&op);
+    for (int i = 0; i < 4; i++) {
+        g_assert_false(op_done(&op));
+        disk_release_one(t->disk);
+        settle();
+    }
+    g_assert_true(op_done(&op));
+    g_assert_cmpuint(t->disk->nb_in_flight, ==, 0);
+    pass_time();
+    g_assert_cmpuint(t->disk->nb_in_flight, ==, 1);
+    disk_release(t->disk);
+    wait_for_writes(t, 61);
+    assert_on_disk(t, 0, DISK_SIZE);
+
+    test_free(t);
+}
+
+/* In steps, between which the graph can be changed; it ends beside a writer */
+static void test_settle_write(void)
+{
+    Test *t = test_new_busy(0);
+    unsigned steps = 0;
+    int ret;
+
+    disk_fail(t->disk, EIO, 0);
+    disk_release(t->disk);
+    g_assert_cmpint(run(t, op_settle, .gen = BDRV_SETTLE_WRITE), ==, -EIO);
+    disk_fail(t->disk, 0, 0);
+
+    t->disk->max_hops = 3;
+    while ((ret = run(t, op_settle, .gen = BDRV_SETTLE_WRITE)) > 0) {
+        steps++;
+        bdrv_graph_wrlock();
+        bdrv_graph_wrunlock();
+        append_ok(t, 2000);
+        g_assert_cmpuint(steps, <, 100);
+    }
+    g_assert_cmpint(ret, ==, 0);
+    g_assert_cmpuint(steps, >, 1);
+    assert_on_disk(t, 0, 60 * 4096 + 1);
+    flush_ok(t);
+    g_assert_cmpint(run(t, op_settle, .gen = BDRV_SETTLE_WRITE), ==, 0);
+    assert_on_disk(t, 0, DISK_SIZE);
+
+    test_free(t);
+}
+
+/* While requests are in flight, it sleeps */
+static void test_settle_write_waits(void)
+{
+    Test *t = test_new_busy(0);
+    TestOp op = { .t = t, .fn = op_settle, .gen = BDRV_SETTLE_WRITE };
+
+    op_start(&op);
+    settle();
+    g_assert_false(op_done(&op));
+    g_assert_cmpuint(t->disk->nb_held, ==, 4);
+    disk_release_one(t->disk);
+    settle();
+    g_assert_true(op_done(&op));
+    g_assert_cmpint(op.ret, ==, 1);
+    disk_release(t->disk);
+    flush_ok(t);
+
+    test_free(t);
+}
+
+/* A node above one that has a cache, and one whose image is corrupt */
+static void test_settle_graph(void)
+{
+    Test *t = test_new_busy(0);
+    BlockDriverState *raw;
+    BlockBackend *blk;
+    QDict *opts = qdict_new();
+    TestOp op = { .t = t, .fn = op_settle, .gen = BDRV_SETTLE_STOP };
+    BlockDriverState *bs = t->bs;
+
+    disk_release(t->disk);
+    flush_ok(t);
+    qdict_put_str(opts, "driver", "raw");
+    qdict_put_str(opts, "file", "node");
+    raw = bdrv_open(NULL, NULL, opts, BDRV_O_RDWR, &error_abort);
+    blk = blk_new_with_bs(raw, BLK_PERM_WRITE, BLK_PERM_ALL, &error_abort);
+    disk_hold(t->disk);
+    append_ok(t, 60 * 4096);
+    settle();
+    t->bs = raw;
+    op_start(&op);
+    settle();
+    g_assert_false(op_done(&op));
+    disk_release(t->disk);
+    g_assert_cmpint(op_wait(&op), ==, 0);
+    t->bs = bs;
+    bs->drv = NULL;
+    run_ok(t, op_settle, .gen = BDRV_SETTLE_STOP);
+    bs->drv = &bdrv_node;
+    blk_unref(blk);
+    bdrv_unref(raw);
+    flush_ok(t);
+
+    test_free(t);
+}
+
+/* ---- Writing out in the background ---- */
+
+static void test_start_write_out(void)
+{
+    Test *t = test_new(&(TestConfig) { LARGE_CONFIG });
+
+    /* Nothing to write */
+    nb_written_out = 0;
+    wb_start_write_out(t->wb);
+    g_assert_cmpuint(nb_written_out, ==, 0);
+    pass_time();
+    g_assert_cmpuint(nb_written_out, ==, 1);
+
+    append_ok(t, 640 * KiB);
+    assert_no_writes(t->disk);
+    disk_hold(t->disk);
+    wb_start_write_out(t->wb);
+    pass_time();
+    g_assert_cmpuint(t->disk->nb_held, ==, 1);
+    disk_release(t->disk);
+    settle();
+    g_assert_cmpuint(nb_written_out, ==, 2);
+    g_assert_cmpuint(t->disk->nb_writes, ==, 3);
+    assert_on_disk(t, 0, DISK_SIZE);
+
+    /* In a drained section it has to wait */
+    append_ok(t, 100);
+    bdrv_drained_begin(t->bs);
+    wb_start_write_out(t->wb);
+    pass_time();
+    g_assert_cmpuint(t->disk->nb_writes, ==, 3);
+    bdrv_drained_end(t->bs);
+    for (int i = 0; i < 30000 && nb_written_out == 2; i++) {
+        pass_time();
+    }
+    g_assert_cmpuint(nb_written_out, ==, 3);
+    assert_on_disk(t, 0, DISK_SIZE);
+
+    test_free(t);
+}
+
+/* What has failed is tried once; a flush that succeeds ends it */
+static void test_start_write_out_error(void)
+{
+    Test *t = test_new(&(TestConfig) { LARGE_CONFIG, .max_age_ms = 1 });
+
+    nb_written_out = 0;
+    append_ok(t, 640 * KiB);
+    disk_fail(t->disk, EIO, 0);
+    g_assert_cmpint(run(t, op_flush), ==, -EIO);
+    g_array_set_size(t->disk->log, 0);
+    wb_start_write_out(t->wb);
+    pass_time();
+    assert_writes(t->disk, { 0, 256 * KiB });
+    pass_time();
+    assert_no_writes(t->disk);
+
+    disk_fail(t->disk, 0, 0);
+    pass_time();
+    assert_no_writes(t->disk);
+    g_assert_cmpuint(nb_written_out, ==, 0);
+    flush_ok(t);
+    pass_time();
+    g_assert_cmpuint(nb_written_out, ==, 1);
+
+    /* It goes on when the first attempt is a success */
+    append_ok(t, 640 * KiB);
+    disk_fail(t->disk, EIO, 0);
+    g_assert_cmpint(run(t, op_flush), ==, -EIO);
+    disk_fail(t->disk, 0, 0);
+    wb_start_write_out(t->wb);
+    pass_time();
+    g_assert_cmpuint(nb_written_out, ==, 2);
+    assert_on_disk(t, 0, DISK_SIZE);
 
     test_free(t);
 }
@@ -2950,7 +3473,24 @@ int main(int argc, char **argv)
     ADD("write-out/error", test_write_out_error);
     ADD("overwrite", test_overwrite);
     ADD("append", test_append);
-    ADD("stats", test_stats);
+    ADD("stats/all", test_stats);
+    ADD("stats/unwritten", test_stats_unwritten);
+    ADD("age/written", test_age);
+    ADD("age/mark", test_age_mark);
+    ADD("age/requests", test_age_requests);
+    ADD("age/drained", test_age_drained);
+    ADD("age/drain-begins", test_age_drain_begins);
+    ADD("age/inactive", test_age_inactive);
+    ADD("age/error", test_age_error);
+    ADD("age/free", test_age_free);
+    ADD("settle/stop", test_settle_stop);
+    ADD("settle/stop-ends", test_settle_stop_ends);
+    ADD("settle/idle", test_settle_idle);
+    ADD("settle/write", test_settle_write);
+    ADD("settle/write-waits", test_settle_write_waits);
+    ADD("settle/graph", test_settle_graph);
+    ADD("start-write-out/done", test_start_write_out);
+    ADD("start-write-out/error", test_start_write_out_error);
     ADD("free/pending-worker", test_free_pending);
     ADD("free/after-error", test_close_error);
     ADD("graph-change/waiters", test_graph_change);
