@@ -80,18 +80,31 @@ bool qcow2_compressed_cache_size(BlockDriverState *bs, QemuOpts *opts,
     return true;
 }
 
-/* Whether the host expects aligned writes and no page cache collects them */
-static bool GRAPH_RDLOCK qcow2_unaligned_writes_are_slow(BlockDriverState *bs)
+/*
+ * Whether a page cache of this host collects what is written to @bs: it ends up
+ * in files or host devices without cache.direct=on, and nowhere else.
+ */
+static bool GRAPH_RDLOCK qcow2_page_cache_collects(BlockDriverState *bs)
 {
-    BlockDriverState *proto = bs->file->bs;
-    BlockDriverState *next;
+    static const char *const drivers[] = {
+        "file", "host_device", "host_cdrom", NULL
+    };
+    bool is_leaf = true;
+    BdrvChild *child;
 
-    while ((next = bdrv_primary_bs(proto)) != NULL) {
-        proto = next;
+    QLIST_FOREACH(child, &bs->children, next) {
+        /* Nothing is written to a backing file, and little to a log */
+        if (child->role & (BDRV_CHILD_DATA | BDRV_CHILD_FILTERED)) {
+            is_leaf = false;
+            if (!qcow2_page_cache_collects(child->bs)) {
+                return false;
+            }
+        }
     }
 
-    return proto->bl.request_alignment > 1 ||
-           (proto->open_flags & BDRV_O_NOCACHE);
+    return !is_leaf ||
+           (bs->drv && g_strv_contains(drivers, bs->drv->format_name) &&
+            !(bs->open_flags & BDRV_O_NOCACHE));
 }
 
 void qcow2_update_write_behind(BlockDriverState *bs, int flags)
@@ -109,12 +122,16 @@ void qcow2_update_write_behind(BlockDriverState *bs, int flags)
         (s->incompatible_features & QCOW2_INCOMPAT_DATA_FILE)) {
         opts.cache_size = 0;
     } else if (opts.cache_size == QCOW2_COMPRESSED_CACHE_SIZE_AUTO) {
-        opts.cache_size = qcow2_unaligned_writes_are_slow(bs) ?
-                          DEFAULT_COMPRESSED_CACHE_SIZE : 0;
+        opts.cache_size = qcow2_page_cache_collects(bs->file->bs) ?
+                          0 : DEFAULT_COMPRESSED_CACHE_SIZE;
     }
 
     opts.cache_size = QEMU_ALIGN_DOWN(opts.cache_size, s->cluster_size);
     if (s->write_behind && wb_cache_size(s->write_behind) == opts.cache_size) {
+        return;
+    }
+
+    if (s->write_behind && wb_is_dirty(s->write_behind)) {
         return;
     }
 

@@ -38,7 +38,8 @@ bool qcow2_compressed_cache_size(BlockDriverState *bs, QemuOpts *opts,
  * @flags: the flags that it is being (re)opened with (BDRV_O_*).
  *
  * Create, replace or remove the cache, so that it is as the node's options, the
- * flags and the file child say.  One that has the right size is kept.
+ * flags and the nodes below say (see compressed-cache-size in
+ * qapi/block-core.json).  One that has the right size, or data, is kept.
  */
 void GRAPH_RDLOCK qcow2_update_write_behind(BlockDriverState *bs, int flags);
 
