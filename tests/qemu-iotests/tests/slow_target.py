@@ -6,12 +6,15 @@
 #
 # SPDX-License-Identifier: GPL-2.0-or-later
 
+from contextlib import ExitStack
 import os
 import threading
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from qcow2_compressed_cache import MiB, QemuIo, job, opts
-from scripted_nbd import FLUSH, WRITE, Connection, Handler, Request, ScriptedNbd
+from scripted_nbd import (
+    FLUSH, WRITE, Connection, Handler, Request, ScriptedNbd
+)
 from seqcache_filter import Server
 import iotests
 
@@ -72,8 +75,8 @@ class SlowServer(ScriptedNbd):
 
 class Pulse:
     '''
-    A client of an export, which the main loop serves: as long as it does, it is
-    not blocked
+    A client of an export, which the main loop serves: as long as it does, it
+    is not blocked
     '''
     def __init__(self, case: iotests.QMPTestCase,
                  machine: iotests.QemuStorageDaemon) -> None:
@@ -131,9 +134,9 @@ class SlowTargetTestCase(iotests.QMPTestCase):
                                  self.size)
         self.addCleanup(self.server.stop)
         # A command that is not answered at all is what the tests look for
-        timeout = iotests.Timeout(30, 'no answer')
-        timeout.__enter__()
-        self.addCleanup(timeout.__exit__, None, None, None)
+        timeout = ExitStack()
+        timeout.enter_context(iotests.Timeout(30, 'no answer'))
+        self.addCleanup(timeout.close)
         self.machine = iotests.QemuStorageDaemon(qmp=True)
         self.addCleanup(self.stop_machine)
         self.pulse = Pulse(self, self.machine)
