@@ -94,6 +94,7 @@ class Export:
     def __init__(self, server: Server, node: str, writable: bool,
                  **kwargs: Any) -> None:
         self.machine = server.machine
+        self.node = node
         self.name = f'{node}-{"rw" if writable else "ro"}'
         self.machine.cmd('block-export-add', {
             'type': 'nbd', 'id': self.name, 'node-name': node,
@@ -109,8 +110,25 @@ class Export:
         return qemu_io('-c', 'flush', '--image-opts', self.opts,
                        check=False).returncode == 0
 
-    def remove(self) -> None:
-        '''Let go of the node without a flush'''
+    def specific_stats(self) -> Dict[str, Any]:
+        nodes: Any = self.machine.cmd('query-blockstats',
+                                      {'query-nodes': True})
+        return next(stats.get('driver-specific', {}) for stats in nodes
+                    if stats['node-name'] == self.node)
+
+    def has_writer(self) -> bool:
+        graph: Any = self.machine.cmd('x-debug-query-block-graph')
+        ids = {n['id']: n['name'] for n in graph['nodes']}
+        return any('write' in edge['perm'] for edge in graph['edges']
+                   if ids[edge['child']] == self.node)
+
+    def remove(self, wait: bool = True) -> None:
+        '''
+        Let go of the node without a flush.  If it is a filter and this was its
+        last writer, wait until it has tried to write what it has, which it
+        does in the background.
+        '''
+        errors = self.specific_stats().get('errors', 0)
         self.io.kill()
         self.machine.cmd('block-export-del',
                          {'id': self.name, 'mode': 'hard'})
@@ -120,6 +138,12 @@ class Export:
         else:
             event = self.machine.get_qmp().pull_event(wait=60.0)
         assert event is not None and event['data']['id'] == self.name
+
+        wait = wait and not self.has_writer()
+        while wait:
+            stats = self.specific_stats()
+            wait = stats.get('unwritten-bytes', 0) > 0 and \
+                stats['errors'] == errors
 
 
 class Script:

@@ -135,7 +135,7 @@ class SlowTargetTestCase(iotests.QMPTestCase):
         self.addCleanup(self.server.stop)
         # A command that is not answered at all is what the tests look for
         timeout = ExitStack()
-        timeout.enter_context(iotests.Timeout(30, 'no answer'))
+        timeout.enter_context(iotests.Timeout(120, 'no answer'))
         self.addCleanup(timeout.close)
         self.machine = iotests.QemuStorageDaemon(qmp=True)
         self.addCleanup(self.stop_machine)
