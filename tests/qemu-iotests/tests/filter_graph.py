@@ -18,7 +18,7 @@ import iotests
 
 
 # Seconds that anything may take at most
-TIMEOUT = 60.0
+TIMEOUT = 20.0
 
 
 def minimum_block(path: str, export: str) -> int:
@@ -53,6 +53,7 @@ class Client:
     READ, WRITE, DISCONNECT, FLUSH, TRIM, ZEROES = 0, 1, 2, 3, 4, 6
 
     def __init__(self, path: str, export: str) -> None:
+        self.export = export
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(TIMEOUT)
         self.sock.connect(path)
@@ -159,7 +160,10 @@ class Writer:
         if data != self.data[offset:offset + size]:
             first = next(i for i in range(size)
                          if data[i] != self.data[offset + i])
-            raise AssertionError(f'wrong data at {offset + first}')
+            wrong = sum(data[i] != self.data[offset + i] for i in range(size))
+            raise AssertionError(
+                f'{wrong} wrong bytes from {offset + first} on: '
+                f'{data[first]}, not {self.data[offset + first]}')
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -192,13 +196,14 @@ class Daemon:
         self.qsd.cmd('blockdev-add', node)
 
     def export(self, node: str, writable: bool = True) -> Client:
-        self.cmd('block-export-add', type='nbd', id=node, node_name=node,
-                 name=node, writable=writable)
-        return Client(self.path, node)
+        name = node if writable else f'{node}-ro'
+        self.cmd('block-export-add', type='nbd', id=name, node_name=node,
+                 name=name, writable=writable)
+        return Client(self.path, name)
 
-    def unexport(self, node: str) -> None:
-        self.cmd('block-export-del', id=node, mode='hard')
-        self.wait(lambda: all(e['id'] != node
+    def unexport(self, name: str) -> None:
+        self.cmd('block-export-del', id=name, mode='hard')
+        self.wait(lambda: all(e['id'] != name
                               for e in self.cmd('query-block-exports')))
 
     @staticmethod
@@ -250,8 +255,12 @@ class Daemon:
 
     def kill(self) -> None:
         if self.running:
-            self.qsd.stop(kill_signal=9)
             self.running = False
+            try:
+                self.qsd.stop(kill_signal=9)
+            except (EOFError, OSError):
+                # It had crashed
+                pass
 
 
 def small_writes(client: Client, data: bytearray, offset: int, count: int,
