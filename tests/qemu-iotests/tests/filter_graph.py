@@ -220,6 +220,16 @@ class Daemon:
     def start_job(self, cmd: str, **kwargs: Any) -> Optional[str]:
         return self.error(cmd, job_id='job', auto_dismiss=False, **kwargs)
 
+    def start_job_soon(self, cmd: str, **kwargs: Any) -> Optional[str]:
+        '''Until cached data is written, seqcache keeps its permissions'''
+        error = self.start_job(cmd, **kwargs)
+        end = time.monotonic() + 3
+        while error and 'Permission conflict' in error and \
+                time.monotonic() < end:
+            time.sleep(0.02)
+            error = self.start_job(cmd, **kwargs)
+        return error
+
     def wait_ready(self) -> None:
         self.wait(lambda: self.state('job')['status'] in ('ready',
                                                           'concluded'))
