@@ -55,6 +55,20 @@ class SlowServer(ScriptedNbd):
                                             60)
         assert reached, f'{len(self.held)} instead of {number} are held'
 
+    def hold_larger(self, length: int) -> None:
+        '''Until one that is larger is held, let the others go on'''
+        large: List[Tuple[Connection, Handler, Request]] = []
+        self.hold()
+        while not large:
+            self.wait_held()
+            with self.changed:
+                large = [held for held in self.held if held[2].length > length]
+                others = [held for held in self.held if held not in large]
+                self.held[:] = large
+            for conn, handler, req in others:
+                with self.sending:
+                    handler(conn, req)
+
     def release_one(self) -> None:
         '''Go on holding all others'''
         with self.changed:
