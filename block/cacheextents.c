@@ -623,15 +623,6 @@ cacheextents_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
     }
 }
 
-static void GRAPH_RDLOCK
-cacheextents_refresh_limits(BlockDriverState *bs, Error **errp)
-{
-    if (bs->file) {
-        bs->bl.request_alignment = MAX(bs->bl.request_alignment,
-                                       bdrv_write_once_size(bs->file->bs));
-    }
-}
-
 static int cacheextents_open(BlockDriverState *bs, QDict *options, int flags,
                              Error **errp)
 {
@@ -740,7 +731,7 @@ static BlockDriver bdrv_cacheextents_filter = {
     .bdrv_reopen_commit             = cacheextents_reopen_commit,
     .bdrv_co_invalidate_cache       = cacheextents_co_invalidate_cache,
 
-    .bdrv_refresh_limits            = cacheextents_refresh_limits,
+    .bdrv_refresh_limits            = bdrv_write_once_refresh_limits,
     .bdrv_child_perm                = cacheextents_child_perm,
     .bdrv_set_perm                  = cacheextents_set_perm,
 

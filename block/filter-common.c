@@ -33,10 +33,12 @@ static int64_t GRAPH_RDLOCK stream_optimized_cluster_size(BlockDriverState *bs)
     return size;
 }
 
-int64_t bdrv_write_once_size(BlockDriverState *bs)
+/*
+ * The size of the clusters of @bs if it can be written to only once; else 0.
+ * Only filters and raw nodes can be between.
+ */
+static int64_t GRAPH_RDLOCK write_once_size(BlockDriverState *bs)
 {
-    GLOBAL_STATE_CODE();
-
     while (bs && bs->drv) {
         if (!strcmp(bs->drv->format_name, "compress")) {
             return bs->bl.request_alignment;
@@ -47,4 +49,14 @@ int64_t bdrv_write_once_size(BlockDriverState *bs)
         bs = bdrv_primary_bs(bs);
     }
     return 0;
+}
+
+void bdrv_write_once_refresh_limits(BlockDriverState *bs, Error **errp)
+{
+    GLOBAL_STATE_CODE();
+
+    if (bs->file) {
+        bs->bl.request_alignment = MAX(bs->bl.request_alignment,
+                                       write_once_size(bs->file->bs));
+    }
 }

@@ -566,15 +566,6 @@ static int64_t seqcache_length(BDRVSeqCacheState *s, int64_t len)
  * If the child can be written only once, a request must not reach it in pieces.
  * Requests that come in whole clusters need no cache.
  */
-static void GRAPH_RDLOCK
-seqcache_refresh_limits(BlockDriverState *bs, Error **errp)
-{
-    if (bs->file) {
-        bs->bl.request_alignment = MAX(bs->bl.request_alignment,
-                                       bdrv_write_once_size(bs->file->bs));
-    }
-}
-
 static bool seqcache_is_write_once(BlockDriverState *bs)
 {
     return bs->bl.request_alignment > 1;
@@ -1056,7 +1047,7 @@ static BlockDriver bdrv_seqcache_filter = {
     .bdrv_inactivate                = seqcache_inactivate,
     .bdrv_co_invalidate_cache       = seqcache_co_invalidate_cache,
 
-    .bdrv_refresh_limits            = seqcache_refresh_limits,
+    .bdrv_refresh_limits            = bdrv_write_once_refresh_limits,
     .bdrv_child_perm                = seqcache_child_perm,
     .bdrv_set_perm                  = seqcache_set_perm,
 

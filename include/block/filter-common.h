@@ -14,17 +14,19 @@
 #include "block/graph-lock.h"
 
 /**
- * bdrv_write_once_size:
- * @bs: a node.
+ * bdrv_write_once_refresh_limits:
+ * @bs: a filter node.
+ * @errp: unused.
+ *
+ * BlockDriver.bdrv_refresh_limits of both filters.
  *
  * The filter "compress" and a stream-optimized VMDK image refuse to write to a
  * cluster that was written already.  So does everything above them, if there
  * are only filters and raw nodes between.  A client gets through if it writes
- * whole clusters, for which it must be told their size.
- *
- * Returns: the size of these clusters, in bytes; 0 if @bs can be written to
- * more than once.
+ * whole clusters, for which it must be told their size: raise the request
+ * alignment of @bs to it.  Called in the main thread.
  */
-int64_t GRAPH_RDLOCK bdrv_write_once_size(BlockDriverState *bs);
+void GRAPH_RDLOCK bdrv_write_once_refresh_limits(BlockDriverState *bs,
+                                                 Error **errp);
 
 #endif /* BLOCK_FILTER_COMMON_H */
