@@ -58,14 +58,14 @@ bench bench-quick:
 
 check-filtered:
 	@scripts/arguments $@
-	@scripts/build --test-hooks upstream
+	@scripts/build --test-patches upstream
 	@scripts/check-filtered $(TESTS)
 
 check-upstream:
 	@scripts/arguments $@
 	@scripts/build demo test upstream
 	@scripts/build --stock
-	@scripts/build --test-hooks
+	@scripts/build --test-patches
 	@scripts/check-upstream $(TESTS)
 
 check-long:
@@ -146,7 +146,7 @@ help:
 	@echo '                       ThreadSanitizer, in build-tsan'
 	@echo 'make check-clang       build with clang-19, its thread-safety analysis'
 	@echo '                       and -Werror, in build-clang; checkpatch.pl over'
-	@echo '                       our files and hooks'
+	@echo '                       our files and patches'
 	@echo 'make coverage          a build with --enable-gcov, the unit tests and our'
 	@echo '                       iotests in it; prints which of our lines they'
 	@echo '                       reach; half an hour'

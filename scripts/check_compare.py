@@ -200,7 +200,7 @@ def compare(comparisons, page):
     return len(unexplained)
 
 
-def has_hook(build, variable):
+def has_patch(build, variable):
     """Whether the programs in build know an environment variable"""
     with open(os.path.join(build, 'qemu-img'), 'rb') as f:
         return variable.encode() in f.read()
