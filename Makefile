@@ -111,7 +111,7 @@ help:
 	@echo 'make                   obtain QEMU, apply our patches, build into build/'
 	@echo 'make demo              build qemu-img, and convert a real image with it,'
 	@echo '                       with the cache off and on'
-	@echo 'make bench             measure; the results go to docs/results/.'
+	@echo 'make bench             measure; the results go to $$BUILD/bench/results/.'
 	@echo '                       ROWS="filter-4k-disk convert-*" measures only'
 	@echo '                       these; "scripts/bench --list" shows all'
 	@echo 'make bench-quick       the same with less of everything, in 3 minutes;'

@@ -5,8 +5,8 @@ check-filtered and check-upstream, which say what the variants are.
 
 A test that does not do the same in all variants is run again several times in
 each. One whose result changes in the first variant as well shows nothing and
-counts as unstable. Any other difference must have a reason, in the table of a
-page in docs/. That a program crashes or hangs is never explained.
+counts as unstable. Any other difference must have a reason in the file
+expected-differences. That a program crashes or hangs is never explained.
 """
 
 import collections
@@ -21,6 +21,7 @@ from check_module import check
 
 FORMATS = ['raw', 'qcow2']
 ATTEMPTS = 3
+DIFFERENCES = os.path.join(check.TOP, 'scripts', 'expected-differences')
 
 check.IOTEST_TIMEOUT = 600
 
@@ -142,13 +143,14 @@ def select_iotests(argument, modes, variants):
             for mode in modes for n in ([name] if name else names)]
 
 
-def explanations(page):
-    """{(group, test): reason}, from the table of a page in docs/"""
+def explanations(script):
+    """{(group, test): reason}, of one of the scripts that compare"""
     reasons = {}
-    for line in check.read(page).splitlines():
-        cells = [cell.strip() for cell in line.split('|')[1:-1]]
-        if len(cells) == 3 and cells[0] != 'format' and '--' not in cells[0]:
-            reasons[cells[0], cells[1]] = cells[2]
+    for line in check.read(DIFFERENCES).splitlines():
+        if line and not line.startswith('#'):
+            of, group, test, reason = line.split(maxsplit=3)
+            if of == script:
+                reasons[group, test] = reason
     return reasons
 
 
@@ -158,9 +160,9 @@ def totals(counts):
             f' {counts["unstable"]} unstable, {counts["skip"]} cannot run')
 
 
-def compare(comparisons, page):
+def compare(comparisons, script):
     """Run them all, $JOBS at a time; return how many are not explained."""
-    reasons = explanations(page)
+    reasons = explanations(script)
     counts = collections.defaultdict(collections.Counter)
     unexplained = []
     differing = set()

@@ -62,6 +62,9 @@ ACCEPTED = [
     ('bench', 'ROWS=convert-* filter-4k-*'), ('check-fresh', 'SUITES=sid'),
 ]
 
+# All files in git together
+MAX_BYTES = 2_000_000
+
 DSC = 'Source: {}\nVersion: 1:{}+ds-1\nChecksums-Sha256:\n {} 1 {}\n'
 
 
@@ -179,12 +182,72 @@ def check_examples(_copy):
                    result[0] == 0 and '<...>' not in result[1], example)
 
 
+def pages():
+    """The pages in Markdown, {path: text}"""
+    found = {}
+    for path in glob.glob(os.path.join(TOP, '*.md')) + \
+            glob.glob(os.path.join(TOP, 'docs', '**', '*.md'), recursive=True):
+        with open(path, encoding='utf-8') as f:
+            found[path] = f.read()
+    return found
+
+
+def anchors(text):
+    """How a forge names the headings of a page"""
+    return [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
+            for heading in re.findall(r'^#+ (.*)$', text, re.M)]
+
+
+def check_references(_copy):
+    """What the documentation names exists: files, headings, targets, tests."""
+    with open(os.path.join(TOP, 'Makefile'), encoding='utf-8') as f:
+        targets = re.findall(r'[\w-]+', f.read().partition('.PHONY:')[2])
+    tests = {os.path.basename(path).partition('.')[0] for path in
+             glob.glob(os.path.join(TOP, 'tests', '**'), recursive=True)}
+    texts = pages()
+    for path, text in sorted(texts.items()):
+        wrong = [t for t in re.findall(r'`make ([a-z][\w-]*)', text)
+                 if t not in targets]
+        for link, anchor in re.findall(r'\]\((?!\w+:)([^)#]*)#?([^)]*)\)', text):
+            target = os.path.normpath(os.path.join(os.path.dirname(path), link)
+                                      if link else path)
+            if not os.path.exists(target) or \
+                    anchor and anchor not in anchors(texts[target]):
+                wrong.append(f'{link}#{anchor}')
+        for name in re.findall(r'`([\w./-]+)`', text):
+            if re.match(r'(scripts|docs|block|util|tests|include|patches)/',
+                        name):
+                if not os.path.exists(os.path.join(TOP, name)):
+                    wrong.append(name)
+            elif re.match(r'(test-|nbd-|seqcache-|cacheextents-|'
+                          r'qcow2-compressed-cache-)', name):
+                if name.partition('.')[0] not in tests:
+                    wrong.append(name)
+        yield (f'{os.path.relpath(path, TOP)} names what there is',
+               not wrong, '\n'.join(wrong))
+
+
+def check_size(_copy):
+    """The repository stays small: nothing that is made is committed."""
+    done = subprocess.run(['git', 'ls-files', '-z'], cwd=TOP, check=False,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          text=True)
+    sizes = {name: os.path.getsize(os.path.join(TOP, name))
+             for name in done.stdout.split('\0')
+             if os.path.isfile(os.path.join(TOP, name))}
+    largest = sorted(sizes, key=sizes.get, reverse=True)[:10]
+    yield (f'the files in git are below {MAX_BYTES} bytes',
+           sum(sizes.values()) < MAX_BYTES,
+           '\n'.join([f'{sum(sizes.values())} in all',
+                      *(f'{sizes[name]} {name}' for name in largest)]))
+
+
 def run(tally):
     """Run all, and count each in the tally of scripts/check."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(folder)
         for part in (check_refused, check_accepted, check_newer, check_tally,
-                     check_examples):
+                     check_examples, check_references, check_size):
             for name, ok, output in part(copy):
                 if ok:
                     tally.passed += 1
