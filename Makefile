@@ -96,11 +96,6 @@ coverage:
 	@scripts/build --tests
 	@scripts/coverage
 
-stock-results:
-	@scripts/arguments $@
-	@scripts/build --stock
-	@scripts/check --write-stock-results iotests
-
 clean:
 	rm -rf build build-* qemu qemu-test cache/source*
 
@@ -150,8 +145,6 @@ help:
 	@echo 'make coverage          a build with --enable-gcov, the unit tests and our'
 	@echo '                       iotests in it; prints which of our lines they'
 	@echo '                       reach; half an hour'
-	@echo 'make stock-results     rebuild the list of what an unpatched QEMU'
-	@echo '                       does in the iotests of qcow2 compression'
 	@echo 'make update            take a newer QEMU, if Debian has one'
 	@echo 'make clean             remove the prepared tree and all builds'
 	@echo 'make distclean         the same, and the downloads'
@@ -172,5 +165,5 @@ help:
 
 .PHONY: all check check-standalone check-unit check-iotests check-filtered \
         check-upstream check-long check-tsan check-clang check-fresh lint \
-        coverage bench bench-quick demo stock-results update clean distclean \
+        coverage bench bench-quick demo update clean distclean \
         help
