@@ -396,6 +396,20 @@ void qcow2_cancel_in_flight(BlockDriverState *bs)
     }
 }
 
+void qcow2_drain_begin(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = bs->opaque;
+
+    wb_drained_begin(s->write_behind);
+}
+
+void qcow2_drain_end(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = bs->opaque;
+
+    wb_drained_end(s->write_behind);
+}
+
 void qcow2_free_ejected(BlockDriverState *bs)
 {
     BDRVQcow2State *s = bs->opaque;

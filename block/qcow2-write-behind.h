@@ -164,6 +164,15 @@ qcow2_co_settle(BlockDriverState *bs, BdrvSettleMode mode);
 void GRAPH_RDLOCK qcow2_cancel_in_flight(BlockDriverState *bs);
 
 /**
+ * qcow2_drain_begin, qcow2_drain_end:
+ * @bs: the node.
+ *
+ * Nothing is written in the background while the node is drained.
+ */
+void qcow2_drain_begin(BlockDriverState *bs);
+void qcow2_drain_end(BlockDriverState *bs);
+
+/**
  * qcow2_free_ejected:
  * @bs: the node; its image was found to be corrupt, so that it has no driver
  *      any more, and it is drained.

@@ -1034,6 +1034,20 @@ static void GRAPH_RDLOCK seqcache_cancel_in_flight(BlockDriverState *bs)
     bdrv_cancel_in_flight(bs->file->bs);
 }
 
+static void seqcache_drain_begin(BlockDriverState *bs)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+
+    wb_drained_begin(s->write_behind);
+}
+
+static void seqcache_drain_end(BlockDriverState *bs)
+{
+    BDRVSeqCacheState *s = bs->opaque;
+
+    wb_drained_end(s->write_behind);
+}
+
 static BlockDriver bdrv_seqcache_filter = {
     .format_name                    = "seqcache",
     .instance_size                  = sizeof(BDRVSeqCacheState),
@@ -1065,6 +1079,8 @@ static BlockDriver bdrv_seqcache_filter = {
     .bdrv_co_flush_to_os            = seqcache_co_flush_to_os,
     .bdrv_co_settle                 = seqcache_co_settle,
     .bdrv_cancel_in_flight          = seqcache_cancel_in_flight,
+    .bdrv_drain_begin               = seqcache_drain_begin,
+    .bdrv_drain_end                 = seqcache_drain_end,
 
     .bdrv_get_specific_stats        = seqcache_get_specific_stats,
 

@@ -34,8 +34,8 @@
  * care whether it is worth it, and that makes one small request at a time.  So
  * a graph change waits for no more than that.  The straggler also writes
  * out everything that is cached when wb_start_write_out() or wb_co_settle()
- * asks for it.  It stops at a drain, and the timer starts it again.  A kept
- * error is left to the waiters.
+ * asks for it.  It stops at a drain, and goes on at the end of it.  A kept error
+ * is left to the waiters.
  *
  * While the cache is settled, which wb_co_settle() starts and the timer ends,
  * there are no workers, except those that help a flush.
@@ -75,9 +75,6 @@
 #define WB_SETTLED_MS 5000
 #define WB_CANCELLED_MS 60000
 
-/* When the straggler looks whether it can go on where it had to stop */
-#define WB_RETRY_MS 100
-
 /* A coroutine that waits in wb_co_reserve() */
 typedef struct WriteBehindReserver {
     QSIMPLEQ_ENTRY(WriteBehindReserver) next;
@@ -104,6 +101,9 @@ struct WriteBehind {
     QemuMutex lock;
 
     SeqCache *cache;
+
+    /* The node is drained: workers do not begin anything */
+    bool drained;
 
     /* Clusters that wb_co_reserve() promised and wb_accept() did not yet use */
     uint64_t nb_reserved;
@@ -187,6 +187,8 @@ WriteBehind *wb_new(BlockDriverState *bs, const WriteBehindOptions *opts)
     wb->max_age_ms = opts->max_age_ms ?: WB_MAX_AGE_MS;
     wb->settled_ms = MIN(wb->max_age_ms, WB_SETTLED_MS);
     wb->written_out = opts->written_out;
+    /* From now on wb_drained_begin() and wb_drained_end() tell */
+    wb->drained = qatomic_read(&bs->quiesce_counter);
     wb->timer = timer_new_ms(QEMU_CLOCK_REALTIME, wb_timer_cb, wb);
     assert(wb->max_clusters >= 2);
 
@@ -233,6 +235,17 @@ void wb_abandon(WriteBehind *wb)
     QEMU_LOCK_GUARD(&wb->lock);
 
     wb->abandoned = true;
+}
+
+void wb_drained_begin(WriteBehind *wb)
+{
+    if (!wb) {
+        return;
+    }
+
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    wb->drained = true;
 }
 
 int64_t wb_cache_size(const WriteBehind *wb)
@@ -427,8 +440,7 @@ wb_start_worker_locked(BlockDriverState *bs, WriteBehind *wb)
     SeqCacheLimits limits = wb_limits(bs, wb);
 
     if (wb->worker_starting || wb->nb_workers >= WB_MAX_IN_FLIGHT ||
-        wb->freed || wb->error || wb_is_settled_locked(wb) ||
-        qatomic_read(&bs->quiesce_counter) ||
+        wb->freed || wb->drained || wb->error || wb_is_settled_locked(wb) ||
         wb_work_locked(wb, &limits) == WB_WORK_NONE) {
         return;
     }
@@ -450,8 +462,8 @@ wb_co_work_locked(BlockDriverState *bs, WriteBehind *wb)
 {
     SeqCacheRequest *req;
 
-    while (!wb->freed && !wb->error && !wb_is_settled_locked(wb) &&
-           !qatomic_read(&bs->quiesce_counter) &&
+    while (!wb->freed && !wb->drained && !wb->error &&
+           !wb_is_settled_locked(wb) &&
            (req = wb_next_request_locked(bs, wb)) != NULL) {
         /* While this one is in flight, there may be work for another worker */
         wb_start_worker_locked(bs, wb);
@@ -499,9 +511,9 @@ static void coroutine_fn wb_co_worker(void *opaque)
  */
 static bool wb_straggler_can_run_locked(BlockDriverState *bs, WriteBehind *wb)
 {
-    return !wb->freed && !wb->abandoned && !wb_is_settled_locked(wb) &&
-           bs->drv && !qatomic_read(&bs->quiesce_counter) &&
-           !(bs->open_flags & BDRV_O_INACTIVE) &&
+    return !wb->freed && !wb->abandoned && !wb->drained &&
+           !wb_is_settled_locked(wb) &&
+           bs->drv && !(bs->open_flags & BDRV_O_INACTIVE) &&
            (!wb->error || (wb->straggler_retry && !wb->nb_in_flight));
 }
 
@@ -529,8 +541,21 @@ static bool wb_straggler_is_done_locked(BlockDriverState *bs, WriteBehind *wb)
 static void wb_rearm_timer_locked(BlockDriverState *bs, WriteBehind *wb)
 {
     if (bs->drv) {
-        wb_arm_timer_locked(wb, qatomic_read(&bs->quiesce_counter) ?
-                                WB_RETRY_MS : wb->max_age_ms);
+        wb_arm_timer_locked(wb, wb->max_age_ms);
+    }
+}
+
+void wb_drained_end(WriteBehind *wb)
+{
+    if (!wb) {
+        return;
+    }
+
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    wb->drained = false;
+    if (wb->straggler_wanted) {
+        wb_arm_timer_locked(wb, 0);
     }
 }
 

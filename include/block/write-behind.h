@@ -72,7 +72,8 @@ typedef struct WriteBehindOptions {
  * @opts: how to behave; copied.  Values outside the ranges given at
  *        WriteBehindOptions are the caller's bug.
  *
- * Create a WriteBehind without any data.  Called in the main thread.
+ * Create a WriteBehind without any data.  Called in the main thread, or while
+ * it waits for the caller.
  *
  * Returns: the WriteBehind, to be freed with wb_free() before @bs is gone.
  */
@@ -87,6 +88,17 @@ WriteBehind *wb_new(BlockDriverState *bs, const WriteBehindOptions *opts);
  * may be in flight, as is the case after a drain.  Called in the main thread.
  */
 void wb_free(WriteBehind *wb);
+
+/**
+ * wb_drained_begin, wb_drained_end:
+ * @wb: the WriteBehind, or NULL, which does nothing.
+ *
+ * What a driver does for BlockDriver.bdrv_drain_begin and bdrv_drain_end: in
+ * between, no background write begins.  Can be called again without effect.
+ * wb_new() sees for itself whether the node is drained.
+ */
+void wb_drained_begin(WriteBehind *wb);
+void wb_drained_end(WriteBehind *wb);
 
 /**
  * wb_abandon:

@@ -794,6 +794,30 @@ static void test_reopen(void)
     seqcache_test_free(t);
 }
 
+static void release(void *opaque)
+{
+    disk_set_hold(opaque, false);
+}
+
+/* A drain waits for what is in flight, not for all that is worth writing */
+static void test_drain_rest(void)
+{
+    SeqCacheTest *t = seqcache_test_new(&(SeqCacheConfig) {
+        .cluster_size = 4 * KiB, .cache_size = 256 * KiB, .align = 512,
+        .max_transfer = 4 * KiB, .len = 512 * KiB,
+    });
+
+    disk_set_hold(t->disk, true);
+    stream_ok(t, 100, 240 * KiB, 1000);
+    aio_bh_schedule_oneshot(qemu_get_aio_context(), release, t->disk);
+    bdrv_drained_begin(t->bs);
+    g_assert_cmpuint(t->disk->nb_in_flight, ==, 0);
+    g_assert_cmpuint(t->disk->nb.writes, ==, 4);
+    bdrv_drained_end(t->bs);
+    check_all(t);
+    seqcache_test_free(t);
+}
+
 static void test_drain(void)
 {
     SeqCacheTest *t = new_test(512);
@@ -950,6 +974,7 @@ int main(int argc, char **argv)
     ADD("node/length", test_length);
     ADD("node/reopen", test_reopen);
     ADD("node/drain", test_drain);
+    ADD("node/drain-rest", test_drain_rest);
     ADD("node/permissions", test_permissions);
     ADD("node/inactive", test_inactive);
     ADD("node/aio-context", test_aio_context);

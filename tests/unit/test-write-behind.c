@@ -350,6 +350,20 @@ node_co_settle(BlockDriverState *bs, BdrvSettleMode mode)
     return wb_co_settle(bs, s->wb, mode);
 }
 
+static void node_drain_begin(BlockDriverState *bs)
+{
+    TestNode *s = bs->opaque;
+
+    wb_drained_begin(s->wb);
+}
+
+static void node_drain_end(BlockDriverState *bs)
+{
+    TestNode *s = bs->opaque;
+
+    wb_drained_end(s->wb);
+}
+
 static BlockDriver bdrv_node = {
     .format_name            = "write-behind-node",
     .instance_size          = sizeof(TestNode),
@@ -361,6 +375,8 @@ static BlockDriver bdrv_node = {
     .bdrv_co_pdiscard       = node_co_pdiscard,
     .bdrv_co_flush_to_os    = node_co_flush_to_os,
     .bdrv_co_settle         = node_co_settle,
+    .bdrv_drain_begin       = node_drain_begin,
+    .bdrv_drain_end         = node_drain_end,
 };
 
 /* ---- A test's environment ---- */
@@ -1967,6 +1983,32 @@ static void test_drain_rest(void)
     test_free(t);
 }
 
+/* A cache that is created in a drained section writes nothing before its end */
+static void test_drain_new(void)
+{
+    Test *t;
+
+    bdrv_drain_all_begin();
+    t = test_new(&(TestConfig) {
+        .cluster_size = 4096,
+        .cache_size = 16 * 4096,
+    });
+    bdrv_drained_begin(t->bs);
+    bdrv_drained_end(t->bs);
+    append_ok(t, 10 * 4096);
+    settle();
+    assert_no_writes(t->disk);
+    bdrv_drain_all_end();
+
+    append_ok(t, 1);
+    settle();
+    assert_writes(t->disk, { 0, 8 * 4096 });
+    flush_ok(t);
+    assert_on_disk(t, 0, DISK_SIZE);
+
+    test_free(t);
+}
+
 /* A drain ends though nothing can be written, and a flush in it works */
 static void test_drain_error(void)
 {
@@ -3459,6 +3501,7 @@ int main(int argc, char **argv)
     ADD("drain/node", test_drain);
     ADD("drain/all", test_drain_all);
     ADD("drain/rest", test_drain_rest);
+    ADD("drain/new", test_drain_new);
     ADD("drain/error", test_drain_error);
     ADD("discard/cached", test_discard);
     ADD("discard/in-flight", test_discard_in_flight);
