@@ -13,6 +13,7 @@
 #include "block/block-io.h"
 #include "block/block_int.h"
 #include "block/coroutines.h"
+#include "block/seqcache-compat.h"
 
 /* One extent, from the query that every driver answers */
 static int coroutine_fn GRAPH_RDLOCK
@@ -24,8 +25,9 @@ co_block_extent(BlockDriverState *bs, int64_t offset, int64_t bytes,
     int64_t map;
     int ret;
 
-    ret = bdrv_co_common_block_status_above(bs, bs, true, true, offset, bytes,
-                                            &extent.bytes, &map, &file, NULL);
+    ret = bdrv_co_common_block_status_above(bs, bs, true, BDRV_WANT_PRECISE,
+                                            offset, bytes, &extent.bytes, &map,
+                                            &file, NULL);
     if (ret < 0) {
         return ret;
     }

@@ -41,6 +41,7 @@
 #include "block/block-io.h"
 #include "block/block_int.h"
 #include "block/filter-common.h"
+#include "block/seqcache-compat.h"
 #include "qapi/error.h"
 #include "qemu/cutils.h"
 #include "qemu/extent-set.h"
@@ -420,7 +421,7 @@ cacheextents_co_find(BlockDriverState *bs, int64_t offset, int64_t bytes,
 }
 
 static int coroutine_fn GRAPH_RDLOCK
-cacheextents_co_block_status(BlockDriverState *bs, bool want_zero,
+cacheextents_co_block_status(BlockDriverState *bs, BdrvStatusMode mode,
                              int64_t offset, int64_t bytes, int64_t *pnum,
                              int64_t *map, BlockDriverState **file)
 {

@@ -32,6 +32,7 @@
 #include "block/block-io.h"
 #include "block/block_int.h"
 #include "block/filter-common.h"
+#include "block/seqcache-compat.h"
 #include "block/write-behind.h"
 #include "qapi/error.h"
 #include "qemu/cutils.h"
@@ -858,9 +859,9 @@ seqcache_co_status_block(BlockDriverState *bs)
  * blocks, so one that is cached in part counts as cached.
  */
 static int coroutine_fn GRAPH_RDLOCK
-seqcache_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
-                         int64_t bytes, int64_t *pnum, int64_t *map,
-                         BlockDriverState **file)
+seqcache_co_block_status(BlockDriverState *bs, BdrvStatusMode mode,
+                         int64_t offset, int64_t bytes, int64_t *pnum,
+                         int64_t *map, BlockDriverState **file)
 {
     BDRVSeqCacheState *s = bs->opaque;
     int64_t block, start, end, len, gap;

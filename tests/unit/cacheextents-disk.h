@@ -17,6 +17,7 @@
 
 #include "block/block-extents.h"
 #include "block/block_int.h"
+#include "block/seqcache-compat.h"
 #include "qapi/error.h"
 #include "qobject/qdict.h"
 #include "system/block-backend.h"
@@ -210,11 +211,12 @@ static void disk_note_query_locked(Disk *d, int64_t offset, int64_t bytes)
 }
 
 static int coroutine_fn
-disk_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
+disk_co_block_status(BlockDriverState *bs, BdrvStatusMode mode, int64_t offset,
                      int64_t bytes, int64_t *pnum, int64_t *map,
                      BlockDriverState **file)
 {
     Disk *d = bs->opaque;
+    bool want_zero = mode & BDRV_WANT_ZERO;
     int64_t block = offset / d->config.grain;
     int flags;
 

@@ -16,6 +16,7 @@
 #define TESTS_UNIT_SEQCACHE_DISK_H
 
 #include "block/block_int.h"
+#include "block/seqcache-compat.h"
 #include "qapi/error.h"
 #include "qobject/qdict.h"
 #include "system/block-backend.h"
@@ -522,8 +523,9 @@ static int disk_flags_locked(Disk *d, int64_t offset)
 
 /* Sometimes it tells no more than what is in the first few blocks */
 static int coroutine_fn disk_co_block_status(BlockDriverState *bs,
-                                             bool want_zero, int64_t offset,
-                                             int64_t bytes, int64_t *pnum,
+                                             BdrvStatusMode mode,
+                                             int64_t offset, int64_t bytes,
+                                             int64_t *pnum,
                                              int64_t *map,
                                              BlockDriverState **file)
 {
