@@ -421,10 +421,9 @@ void qcow2_free_ejected(BlockDriverState *bs)
     if (!s) {
         return;
     }
-    if (s->cache_clean_timer) {
-        timer_free(s->cache_clean_timer);
-        s->cache_clean_timer = NULL;
-    }
+    /* Which stops the timer that shrinks the caches for metadata */
+    bdrv_find_format("qcow2")->bdrv_detach_aio_context(bs);
+
     if (!s->write_behind) {
         return;
     }

@@ -167,7 +167,7 @@ static void coroutine_fn op_entry(void *opaque)
                                    0);
         break;
     case OP_DISCARD:
-        ret = blk_co_pdiscard(blk, op->offset, op->bytes, 0);
+        ret = compat_blk_co_pdiscard(blk, op->offset, op->bytes);
         break;
     case OP_TRUNCATE:
         ret = blk_co_truncate(blk, op->offset, true, PREALLOC_MODE_OFF, 0,
@@ -989,7 +989,9 @@ static void test_inactive(void)
     map(t);
     blk_unref(t->blk);
     t->blk = NULL;
+    bdrv_drain_all_begin();
     g_assert_cmpint(bdrv_inactivate(t->bs, &error_abort), ==, 0);
+    bdrv_drain_all_end();
     g_assert_cmpuint(test_stats(t).extents, ==, 0);
     t->blk = blk_new(qemu_get_aio_context(), 0, BLK_PERM_ALL);
     g_assert_cmpint(blk_insert_bs(t->blk, t->bs, &error_abort), ==, 0);

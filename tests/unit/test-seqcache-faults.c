@@ -392,7 +392,7 @@ static int coroutine_fn part_co_do(Part *p)
         return blk_co_pwrite_zeroes(blk, s->offset, s->bytes,
                                     BDRV_REQ_MAY_UNMAP);
     case OP_DISCARD:
-        return blk_co_pdiscard(blk, s->offset, s->bytes, 0);
+        return compat_blk_co_pdiscard(blk, s->offset, s->bytes);
     case OP_READ:
         return blk_co_pread(blk, s->offset, s->bytes, p->buf, 0);
     case OP_FLUSH:

@@ -150,7 +150,7 @@ static void coroutine_fn op_discard(User *u)
     if (start < end) {
         memset(buf + start - e.offset, 0, end - start);
     }
-    ret = blk_co_pdiscard(r->t->blk, e.offset, e.bytes, 0);
+    ret = compat_blk_co_pdiscard(r->t->blk, e.offset, e.bytes);
     g_assert_cmpint(ret, !=, -ENOTSUP);
     changed(u, e.offset, e.bytes, buf, false, ret);
     lock_drop(u);

@@ -479,7 +479,7 @@ static void test_discard(void)
 {
     SeqCacheTest *t = new_test_around();
 
-    g_assert_cmpint(blk_pdiscard(t->blk, 8 * KiB, 16 * KiB, 0), ==, 0);
+    g_assert_cmpint(compat_blk_pdiscard(t->blk, 8 * KiB, 16 * KiB), ==, 0);
     memset(t->shadow + 8 * KiB, 0, 16 * KiB);
     g_assert_cmpuint(t->disk->nb.discards, ==, 1);
     check_all(t);
@@ -741,7 +741,7 @@ static void test_error(void)
     read_ok(t, 100, 20000);
     g_assert_cmpint(write_flags(t, 512, 512, BDRV_REQ_FUA), ==, -ENOSPC);
     g_assert_cmpint(blk_pwrite_zeroes(t->blk, 512, 512, 0), ==, -ENOSPC);
-    g_assert_cmpint(blk_pdiscard(t->blk, 512, 512, 0), ==, -ENOSPC);
+    g_assert_cmpint(compat_blk_pdiscard(t->blk, 512, 512), ==, -ENOSPC);
     g_assert_cmpint(blk_pwrite_compressed(t->blk, 512, 512, t->shadow), ==,
                     -ENOSPC);
     read_ok(t, 100, 20000);

@@ -17,6 +17,7 @@
 #include "qemu/osdep.h"
 #include "qapi/error.h"
 #include "block/block_int.h"
+#include "block/seqcache-compat.h"
 #include "block/write-behind.h"
 #include "qobject/qdict.h"
 #include "qemu/cutils.h"
@@ -576,7 +577,7 @@ static int coroutine_fn op_read(TestOp *op)
 
 static int coroutine_fn op_discard(TestOp *op)
 {
-    int ret = blk_co_pdiscard(op->t->blk, op->offset, op->bytes, 0);
+    int ret = compat_blk_co_pdiscard(op->t->blk, op->offset, op->bytes);
 
     if (ret == 0) {
         memset(op->t->shadow + op->offset, 0, op->bytes);
