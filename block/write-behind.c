@@ -34,7 +34,7 @@
  * care whether it is worth it, and that makes one small request at a time.  So
  * a graph change waits for no more than that.  The straggler also writes
  * out everything that is cached when wb_start_write_out() or wb_co_settle()
- * asks for it.  It stops at a drain, and goes on at the end of it.  A kept error
+ * asks for it.  It stops at a drain, and goes on when that ends.  A kept error
  * is left to the waiters.
  *
  * While the cache is settled, which wb_co_settle() starts and the timer ends,

@@ -27,18 +27,18 @@ typedef bool BdrvStatusMode;
 #define BDRV_WANT_PRECISE true
 #endif
 
-/* blk_pdiscard() and blk_co_pdiscard() have flags in some releases; tests only */
-typedef int BlkPdiscard(BlockBackend *blk, int64_t offset, int64_t bytes);
-typedef int BlkPdiscardFlags(BlockBackend *blk, int64_t offset, int64_t bytes,
-                             BdrvRequestFlags flags);
+/* For tests: blk_pdiscard() and blk_co_pdiscard() have flags in some cases */
+typedef int (*BlkPdiscard)(BlockBackend *blk, int64_t offset, int64_t bytes);
+typedef int (*BlkPdiscardFlags)(BlockBackend *blk, int64_t offset,
+                                int64_t bytes, BdrvRequestFlags flags);
 
-static inline int compat_pdiscard(BlkPdiscard *func, BlockBackend *blk,
+static inline int compat_pdiscard(BlkPdiscard func, BlockBackend *blk,
                                   int64_t offset, int64_t bytes)
 {
     return func(blk, offset, bytes);
 }
 
-static inline int compat_pdiscard_flags(BlkPdiscardFlags *func,
+static inline int compat_pdiscard_flags(BlkPdiscardFlags func,
                                         BlockBackend *blk, int64_t offset,
                                         int64_t bytes)
 {
@@ -47,8 +47,8 @@ static inline int compat_pdiscard_flags(BlkPdiscardFlags *func,
 
 #define COMPAT_PDISCARD(func, ...)                              \
     _Generic(&(func),                                           \
-             BlkPdiscard *: compat_pdiscard,                    \
-             BlkPdiscardFlags *: compat_pdiscard_flags)         \
+             BlkPdiscard : compat_pdiscard,                     \
+             BlkPdiscardFlags : compat_pdiscard_flags)          \
         ((func), __VA_ARGS__)
 
 #define compat_blk_pdiscard(...) COMPAT_PDISCARD(blk_pdiscard, __VA_ARGS__)
