@@ -228,6 +228,17 @@ def check_references(_copy):
                not wrong, '\n'.join(wrong))
 
 
+def check_versions(_copy):
+    """The README names the versions that patches/versions names."""
+    with open(os.path.join(TOP, 'patches', 'versions'), encoding='utf-8') as f:
+        versions = [tuple(line.split()) for line in f
+                    if line.strip() and not line.startswith('#')]
+    found = re.findall(r'^\| (\d+\.\d+) \| (\S+) \| (\S+) \|$',
+                       pages()[os.path.join(TOP, 'README.md')], re.M)
+    yield 'README.md names the versions tested', found == versions, \
+        f'{found}, and patches/versions {versions}'
+
+
 def check_size(_copy):
     """The repository stays small."""
     done = subprocess.run(['git', 'ls-files', '-z'], cwd=TOP, check=False,
@@ -250,7 +261,8 @@ def run(tally):
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(folder)
         for part in (check_refused, check_accepted, check_newer, check_tally,
-                     check_examples, check_references, check_size):
+                     check_examples, check_references, check_versions,
+                     check_size):
             for name, ok, output in part(copy):
                 if ok:
                     tally.passed += 1
