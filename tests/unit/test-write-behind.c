@@ -407,13 +407,21 @@ typedef struct Test {
     uint8_t *shadow;
 } Test;
 
-static void test_set_limits(Test *t, uint32_t align, uint32_t max_transfer)
+static void disk_set_limits(BlockDriverState *disk_bs, uint32_t align,
+                            uint32_t max_transfer)
 {
-    t->disk->align = align;
-    t->disk->max_transfer = max_transfer;
+    Disk *d = disk_bs->opaque;
+
+    d->align = align;
+    d->max_transfer = max_transfer;
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
-    bdrv_refresh_limits(t->disk_bs, NULL, &error_abort);
+    bdrv_refresh_limits(disk_bs, NULL, &error_abort);
+}
+
+static void test_set_limits(Test *t, uint32_t align, uint32_t max_transfer)
+{
+    disk_set_limits(t->disk_bs, align, max_transfer);
 }
 
 static void test_attach(Test *t, BlockDriverState *disk_bs)
@@ -1984,6 +1992,71 @@ static void test_drain_rest(void)
     test_free(t);
 }
 
+static void coroutine_fn co_create_qcow2(void *opaque)
+{
+    bool *done = opaque;
+    BlockdevRef file = { .type = QTYPE_QSTRING, .u.reference = (char *)"disk" };
+    BlockdevCreateOptions opts = {
+        .driver = BLOCKDEV_DRIVER_QCOW2,
+        .u.qcow2 = {
+            .file = &file,
+            .size = 2 * MiB,
+            .has_cluster_size = true,
+            .cluster_size = 4096,
+        },
+    };
+
+    bdrv_find_format("qcow2")->bdrv_co_create(&opts, &error_abort);
+    *done = true;
+}
+
+/* qcow2 tells its cache, as the node of this test does */
+static void test_drain_qcow2(void)
+{
+    BlockDriverState *disk_bs = bdrv_new_open_driver(&bdrv_disk, "disk",
+                                                     BDRV_O_RDWR, &error_abort);
+    Disk *d = disk_bs->opaque;
+    QDict *opts = qdict_new();
+    BlockBackend *blk;
+    uint8_t buf[4096];
+    bool done = false;
+    unsigned n = 0;
+
+    qemu_coroutine_enter(qemu_coroutine_create(co_create_qcow2, &done));
+    AIO_WAIT_WHILE_UNLOCKED(NULL, !done);
+    disk_set_limits(disk_bs, 1, 4096);
+
+    qdict_put_str(opts, "driver", "qcow2");
+    qdict_put_str(opts, "file", "disk");
+    qdict_put_str(opts, "compressed-cache-size", "512k");
+    blk = blk_new_open(NULL, NULL, opts, BDRV_O_RDWR, &error_abort);
+    for (unsigned i = 0; i < 200; i++) {
+        /* Compresses to a little more than half of its size */
+        for (unsigned j = 0; j < sizeof(buf); j++) {
+            buf[j] = g_rand_int(d->rand) & 15;
+        }
+        g_assert_cmpint(blk_pwrite_compressed(blk, i * sizeof(buf), sizeof(buf),
+                                              buf), ==, 0);
+        if (i == 0) {
+            /* There is an L2 table now */
+            n = d->nb_writes;
+            disk_hold(d);
+        }
+    }
+    settle();
+    g_assert_cmpuint(d->nb_held, ==, 4);
+
+    aio_bh_schedule_oneshot(qemu_get_aio_context(), disk_release, d);
+    bdrv_drained_begin(blk_bs(blk));
+    g_assert_cmpuint(d->nb_writes, ==, n + 4);
+    bdrv_drained_end(blk_bs(blk));
+
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    g_assert_cmpuint(d->nb_writes, >, n + 20);
+    blk_unref(blk);
+    bdrv_unref(disk_bs);
+}
+
 /* A cache that is created in a drained section writes nothing before its end */
 static void test_drain_new(void)
 {
@@ -3503,6 +3576,7 @@ int main(int argc, char **argv)
     ADD("drain/all", test_drain_all);
     ADD("drain/rest", test_drain_rest);
     ADD("drain/new", test_drain_new);
+    ADD("drain/qcow2", test_drain_qcow2);
     ADD("drain/error", test_drain_error);
     ADD("discard/cached", test_discard);
     ADD("discard/in-flight", test_discard_in_flight);
