@@ -6,17 +6,18 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Queries for the block status are answered from a set of extents.  What is not
- * in it is asked of the child, up to the next extent that is known: one query
- * brings as many extents as one answer can hold, and all are kept.  Everything
- * that is not block status goes to the child as it comes.
+ * The filter answers queries for the block status from a set of extents.  For a
+ * range that is not in it, it asks the child, up to the next extent that is
+ * known: one query brings as many extents as one answer can hold, and the set
+ * keeps all of them.  Everything that is not block status goes to the child as
+ * it comes.
  *
  * An extent tells what its bytes contain, data or zeroes, and not what the
  * child has allocated.  A request that changes bytes makes nothing else
- * unknown, whatever a server allocates around them.  What is neither data nor
- * known to read as zero is not kept.
+ * unknown, whatever a server allocates around them.  An extent that is neither
+ * data nor known to read as zero is not kept.
  *
- * What is kept stays true because
+ * The set stays true because
  * - nobody else in this process may write to the child or resize it
  *   (cacheextents_child_perm());
  * - while a query is in flight, the set has expected extents where it asks, and

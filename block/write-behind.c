@@ -14,28 +14,27 @@
  * writing: a full one, or any when half of the cache is waiting.  Workers
  * count as in-flight requests of the node; a drain waits for them, and they
  * end when nothing is worth writing any more, or with the request in flight
- * when the node is drained.  None is started while it is.  Who changes the
- * graph may drain the node while it holds the graph lock, so a worker never
- * waits for that lock: if it cannot have it at once, it ends without having
- * taken anything from the cache.
+ * when the node is drained.  None starts while it is.  A graph writer may drain
+ * the node while it holds the graph lock, so a worker never waits for that lock:
+ * if it cannot have it at once, it ends and has taken nothing from the cache.
  *
  * Waiters are callers that need room in the cache (wb_co_reserve()) or that
  * need data to be on the child (wb_co_flush()).  They hold the graph lock
- * already and must never wait for somebody who still wants it.  So they do not
- * rely on workers: a waiter takes the next request from the cache and writes it
- * itself, and waits only for what is in flight.
+ * already and must never wait for a coroutine that still wants it.  So they do
+ * not rely on workers: a waiter takes the next request from the cache and writes
+ * it itself, and waits only for requests in flight.
  *
  * Both decide with the same function, wb_next_request_locked(), what to write
  * next.
  *
- * What nobody flushes does not stay in memory for ever.  A timer of the main
- * loop runs as long as there is unwritten data.  What was there already when it
- * ran out the last time is written by the straggler, a worker that does not
- * care whether it is worth it, and that makes one small request at a time.  So
- * a graph change waits for no more than that.  The straggler also writes
- * out everything that is cached when wb_start_write_out() or wb_co_settle()
- * asks for it.  It stops at a drain, and goes on when that ends.  A kept error
- * is left to the waiters.
+ * Data does not stay in memory for ever if nobody flushes.  A timer of the main
+ * loop runs as long as there is unwritten data.  When it expires, the straggler
+ * writes the data that was there when it expired the last time.  The straggler
+ * is a worker that does not care whether a request is worth it, and that makes
+ * one small request at a time, so a graph change waits for no more than that.
+ * It also writes out everything that is cached when wb_start_write_out() or
+ * wb_co_settle() asks for it.  It stops at a drain, and goes on when that ends.
+ * It leaves a kept error to the waiters.
  *
  * While the cache is settled, which wb_co_settle() starts and the timer ends,
  * there are no workers, except those that help a flush.
@@ -46,10 +45,10 @@
  * if it fails, everybody who waited for it gets the error.
  *
  * Memory is counted in clusters, those in the cache and those reserved.  When
- * nothing is in flight or reserved, and the cache is still too full, all it can
- * hold is streams that are not finished; a waiter then ends the oldest, so that
+ * nothing is in flight or reserved, and the cache is still too full, it holds
+ * nothing but unfinished clusters.  A waiter then finishes the oldest, so that
  * there is always something to wait for.  While anything is reserved this is
- * not necessary, because whoever holds a reservation does not wait for another.
+ * not necessary: the holder of a reservation does not wait for another.
  */
 
 #include "qemu/osdep.h"

@@ -13,7 +13,7 @@
  * Writing has two steps.  wb_co_reserve() reserves memory; it may wait and it
  * may fail.  wb_accept() stores the data; it neither waits nor yields, so a
  * caller can allocate the place where the data goes between the two, and make
- * allocation and storing one atomic step.  What was accepted reads back through
+ * allocation and storing one atomic step.  Accepted data reads back through
  * wb_co_preadv_part() at once.  It is on the child after the next wb_co_flush()
  * that returns success (to be durable there, the child must then be flushed).
  *
