@@ -17,10 +17,10 @@
  * Others, and large aligned ones, go to the child without a copy.  So random
  * writes cost nothing more than without the filter.
  *
- * A request that goes to the child first writes out what is cached of its range.
- * Requests whose ranges do not overlap need no order: the cache never writes a
- * byte that its user did not write, and the child serialises what happens
- * inside of one block.
+ * A request that goes to the child first writes out what is cached of its
+ * range.  Requests whose ranges do not overlap need no order: the cache never
+ * writes a byte that its user did not write, and the child serialises what
+ * happens inside of one block.
  *
  * Cached data can outlive the moment when the last parent that writes lets go.
  * Until it is written, the filter keeps its permission to write to the child,

@@ -15,14 +15,15 @@
  * count as in-flight requests of the node; a drain waits for them, and they
  * end when nothing is worth writing any more, or with the request in flight
  * when the node is drained.  None starts while it is.  A graph writer may drain
- * the node while it holds the graph lock, so a worker never waits for that lock:
- * if it cannot have it at once, it ends and has taken nothing from the cache.
+ * the node while it holds the graph lock, so a worker never waits for that
+ * lock: if it cannot have it at once, it ends and has taken nothing from the
+ * cache.
  *
  * Waiters are callers that need room in the cache (wb_co_reserve()) or that
  * need data to be on the child (wb_co_flush()).  They hold the graph lock
  * already and must never wait for a coroutine that still wants it.  So they do
- * not rely on workers: a waiter takes the next request from the cache and writes
- * it itself, and waits only for requests in flight.
+ * not rely on workers: a waiter takes the next request from the cache and
+ * writes it itself, and waits only for requests in flight.
  *
  * Both decide with the same function, wb_next_request_locked(), what to write
  * next.
