@@ -3,9 +3,11 @@
 # The front door; the work is done by scripts/. See "make help".
 
 JOBS ?= $(shell nproc)
-BUILD ?= build
 PYTHON ?= /usr/bin/python3
-export QEMU_SRC CONFIGURE_FLAGS JOBS BUILD PYTHON V LONG_SECONDS SEED
+# What the names of the version's folders end in
+SUFFIX = $(shell VERSION='$(VERSION)' QEMU_SRC='$(QEMU_SRC)' \
+	scripts/version --suffix)
+export VERSION QEMU_SRC CONFIGURE_FLAGS JOBS BUILD PYTHON V LONG_SECONDS SEED
 
 all:
 	@scripts/arguments $@
@@ -75,7 +77,7 @@ check-long:
 	@$(if $(filter valgrind,$(or $(PARTS),valgrind)),scripts/build --valgrind)
 	@scripts/check-long $(PARTS)
 
-check-tsan: export BUILD := build-tsan
+check-tsan: export BUILD = build-tsan$(SUFFIX)
 check-tsan: export IOTEST_TIMEOUT ?= 1800
 check-tsan: export MESON_TIMEOUT ?= 7200
 check-tsan:
@@ -89,7 +91,7 @@ check-clang:
 	@scripts/checkpatch
 
 # Without BUILD: a build folder of its own
-coverage: export BUILD := $(if $(filter build,$(BUILD)),build-gcov,$(BUILD))
+coverage: export BUILD := $(or $(BUILD),build-gcov)
 coverage: export CONFIGURE_FLAGS += --enable-gcov
 coverage:
 	@scripts/arguments $@
@@ -97,7 +99,7 @@ coverage:
 	@scripts/coverage
 
 clean:
-	rm -rf build build-* qemu qemu-test cache/source*
+	rm -rf build build-* qemu qemu-[0-9]* qemu-test* cache/source*
 
 distclean: clean
 	rm -rf cache
@@ -149,12 +151,15 @@ help:
 	@echo 'make clean             remove the prepared tree and all builds'
 	@echo 'make distclean         the same, and the downloads'
 	@echo
+	@echo 'VERSION=N              the version of QEMU, by default the first of'
+	@echo '                       these: $(shell scripts/series --versions)'
 	@echo 'QEMU_SRC=PATH          a QEMU tree, git checkout, release tarball or'
 	@echo '                       .dsc; it is not modified, and remembered until'
 	@echo '                       "make clean". Without it: the Debian source'
 	@echo '                       package'
 	@echo 'JOBS=N                 parallel jobs (default: number of processors)'
-	@echo 'BUILD=DIR              build folder (default: build); a name that'
+	@echo 'BUILD=DIR              build folder (default: build, or build-VERSION for'
+	@echo '                       another version than the first); a name that'
 	@echo '                       begins with "build-" is ignored by git'
 	@echo 'CONFIGURE_FLAGS=...    more flags for QEMU'"'"'s configure; this runs all'
 	@echo '                       tests with sanitizers, whose reports are failures:'

@@ -70,7 +70,7 @@ def text_source(bench, mib):
     """C source: QEMU's own, in the order of the names"""
     def write(f):
         left = mib * MIB
-        for name in sorted(glob.glob(os.path.join(TOP, 'qemu', '**', '*.[ch]'),
+        for name in sorted(glob.glob(os.path.join(TOP, 'qemu*', '**', '*.[ch]'),
                                      recursive=True)):
             with open(name, 'rb') as source:
                 left -= f.write(source.read(left))

@@ -5,7 +5,6 @@
 # folder; the variables are those that the Makefile exports.
 
 JOBS=${JOBS:-$(nproc)}
-BUILD=${BUILD:-build}
 V=${V:-0}
 export PYTHON=${PYTHON:-/usr/bin/python3}
 
@@ -65,6 +64,54 @@ check_variables()
 say()
 {
     printf '%s\n' "$*"
+}
+
+# The version of QEMU in a folder, .dsc or tarball, or nothing
+version_of()
+{
+    if [ -d "$1" ]; then
+        cat "$1/VERSION" 2> /dev/null || true
+    elif [[ $1 == *.dsc ]]; then
+        sed -n 's/^Version: \([0-9]*:\)\?\([0-9.]*\).*/\2/p' "$1" 2> /dev/null ||
+            true
+    elif [[ ${1##*/} =~ ^qemu[-_]([0-9]+(\.[0-9]+)+) ]]; then
+        printf '%s\n' "${BASH_REMATCH[1]}"
+    else
+        tar -xOf "$1" --wildcards --no-wildcards-match-slash '*/VERSION' \
+            2> /dev/null || true
+    fi
+}
+
+# 10.0 of 10.0.13
+series_of()
+{
+    expr "$1" : '\([0-9]*\.[0-9]*\)' || true
+}
+
+is_version()
+{
+    [[ " ${VERSIONS[*]} " == *" $1 "* ]]
+}
+
+# Which version of QEMU, as patches/versions has it: VERSION says it, else the
+# source that QEMU_SRC names, or named the last time, else it is the first one.
+# The names of its folders end in SUFFIX. What is wrong with QEMU_SRC is for
+# scripts/prepare to say.
+choose_version()
+{
+    mapfile -t VERSIONS < <(scripts/series --versions)
+    if [ -n "${VERSION-}" ]; then
+        is_version "$VERSION" || refuse VERSION "one of: ${VERSIONS[*]}"
+    elif [ -n "${QEMU_SRC-}" ]; then
+        VERSION=$(series_of "$(version_of "$QEMU_SRC")")
+    else
+        VERSION=$(cat cache/source.version 2> /dev/null || true)
+    fi
+    is_version "$VERSION" || VERSION=${VERSIONS[0]}
+    export VERSION
+    SUFFIX=
+    [ "$VERSION" = "${VERSIONS[0]}" ] || SUFFIX=-$VERSION
+    BUILD=${BUILD:-build$SUFFIX}
 }
 
 # The words of one sentence, or of several; a line break is the caller's
@@ -180,4 +227,5 @@ EOF
         -o APT::Update::Error-Mode=any update
 }
 
+choose_version
 check_variables

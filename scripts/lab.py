@@ -15,8 +15,10 @@ import tempfile
 import threading
 import time
 
+from patchset import suffix
+
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BUILD = os.path.join(TOP, os.environ.get('BUILD') or 'build')
+BUILD = os.path.join(TOP, os.environ.get('BUILD') or f'build{suffix()}')
 QEMU_IMG = os.path.join(BUILD, 'qemu-img')
 # mke2fs is there, and an ordinary user's PATH may not be
 os.environ['PATH'] += ':/usr/sbin:/sbin'

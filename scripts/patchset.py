@@ -55,13 +55,21 @@ def series(version, test=False):
                version).split()
 
 
-def our_files():
-    """Our files that belong into QEMU's tree"""
-    return run('scripts/series', '--files').split()
+def version_in_use():
+    """The version that VERSION and QEMU_SRC choose"""
+    return run('scripts/version').strip()
 
 
-def suffix(version):
-    """What the names of this version's folders end in"""
+def our_files(version=None):
+    """Our files that belong into QEMU's tree, or into that version's"""
+    return run('scripts/series', '--files',
+               *([version] if version else [])).split()
+
+
+def suffix(version=None):
+    """What the names of a version's folders end in; of the one in use"""
+    if version is None:
+        return run('scripts/version', '--suffix').strip()
     return '' if version == versions()[0] else f'-{version}'
 
 
