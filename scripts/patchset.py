@@ -241,9 +241,9 @@ class Repo:
                  '-', stdin=patch.message())
         return True
 
-    def commits(self):
+    def commits(self, end='HEAD'):
         """[(commit, name or None, message without name)] after the first"""
-        log = self.git('log', '--reverse', '--format=%H%n%B%x00')
+        log = self.git('log', '--reverse', '--format=%H%n%B%x00', end)
         found = []
         for entry in log.split('\0\n')[1:]:
             commit, _, message = entry.partition('\n')
