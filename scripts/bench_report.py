@@ -40,28 +40,34 @@ METRICS = {
 SUMMARY = [
     ('convert-main-zstd',
      'convert -c: 512 MiB of files to a file, O_DIRECT, zstd'),
-    ('convert-main-zstd-w', 'the same, -W'),
-    ('convert-main-zlib', 'convert -c: 128 MiB of files to such a file, zlib'),
+    ('convert-main-zstd-w',
+     'convert -c -W: 512 MiB of files to a file, O_DIRECT, zstd'),
+    ('convert-main-zlib',
+     'convert -c: 128 MiB of files to a file, O_DIRECT, zlib'),
     ('convert-constant-zstd-64k',
-     'convert -c: 512 MiB of zeros and 0xff to such a file'),
+     'convert -c: 512 MiB of zeros and 0xff to a file, O_DIRECT'),
     ('convert-random-zstd-64k',
-     'convert -c: 256 MiB of random data to such a file'),
-    ('convert-random-zstd-64k-w', 'the same, -W'),
+     'convert -c: 256 MiB of random data to a file, O_DIRECT'),
+    ('convert-random-zstd-64k-w',
+     'convert -c -W: 256 MiB of random data to a file, O_DIRECT'),
     ('disk-files-4096-0.2ms',
-     'convert -c: 32 MiB of files to a disk, 0.2 ms a request'),
-    ('disk-files-4096-1ms', 'the same, 1 ms'),
-    ('disk-files-4096-8ms', 'the same, 8 ms'),
-    ('disk-files-512-1ms', 'the same, 1 ms, blocks of 512 bytes'),
+     'convert -c: 32 MiB of files to a disk, 0.2 ms'),
+    ('disk-files-4096-1ms', 'convert -c: 32 MiB of files to a disk, 1 ms'),
+    ('disk-files-4096-8ms', 'convert -c: 32 MiB of files to a disk, 8 ms'),
+    ('disk-files-512-1ms',
+     'convert -c: 32 MiB of files to a disk, 1 ms, 512-byte blocks'),
     ('disk-ff-zstd', 'convert -c: 128 MiB of 0xff to a disk, 4 ms'),
     ('disk-ff-1000', 'convert -c: 1000 MiB of 0xff to a disk, 8 ms, zlib'),
     ('backup-file', 'backup, compress: 320 MiB to a file, O_DIRECT'),
-    ('backup-disk', 'the same to a disk, 1 ms a request'),
+    ('backup-disk', 'backup, compress: 320 MiB to a disk, 1 ms'),
     ('filter-4k-file', 'seqcache: 4 KiB writes to a file, O_DIRECT'),
-    ('filter-4k-disk', 'seqcache: 4 KiB writes to a disk, 4 ms a request'),
+    ('filter-4k-disk', 'seqcache: 4 KiB writes to a disk, 4 ms'),
     ('filter-1m-file', 'seqcache: 1 MiB writes to a file, O_DIRECT'),
-    ('filter-random-file', 'seqcache: random 4 KiB writes to such a file'),
+    ('filter-random-file',
+     'seqcache: random 4 KiB writes to a file, O_DIRECT'),
     ('extents-22-0ms-map', 'cacheextents: map of 22 extents, no delay'),
-    ('extents-1000-5ms-map', 'cacheextents: map of 1000 extents, 5 ms a query'),
+    ('extents-1000-5ms-map',
+     'cacheextents: map of 1000 extents, 5 ms a query'),
     ('extents-1000-5ms-convert',
      'cacheextents: convert of 1000 extents, 5 ms a query'),
     ('extents-100000-0ms-map',
@@ -263,14 +269,6 @@ class Report:
         out = ['# Results', '',
                'Made by `make bench`; see `scripts/bench --help`. Medians; in '
                'brackets the smallest and the largest.', '']
-        machines = []
-        for row in self.rows.values():
-            if row['machine'] not in machines:
-                machines.append(row['machine'])
-        out += ['| machine | ' + ' | '.join(machines[0]) + ' |',
-                '| --- ' * (len(machines[0]) + 1) + '|']
-        out += [f'| {i + 1} | ' + ' | '.join(map(str, m.values())) + ' |'
-                for i, m in enumerate(machines)]
         for group, rows in self.groups().items():
             out += ['', f'## {group}', '', f'![{group}]({group}.svg)', '',
                     '| row | figure | value | to reach | |',
@@ -281,9 +279,10 @@ class Report:
                     out.append(f'| {name} | {figure["figure"]} | '
                                f'{" | ".join(cells)} |')
             for name, row in rows.items():
-                out += ['', f'**{name}**: {row["title"]} (machine '
-                        f'{machines.index(row["machine"]) + 1}, {row["when"]}'
-                        f'{", quick" if row["quick"] else ""})', '']
+                out += ['', f'**{name}**: {row["title"]}', '',
+                        ', '.join(f'{key} {value}' for key, value in {
+                            **row['machine'], 'date': row['when'],
+                            'quick': row['quick']}.items()), '']
                 out += self.sides_table(row)
         return '\n'.join(out) + '\n'
 
@@ -313,9 +312,9 @@ class Report:
         out = ['# Results', '', 'Made by `make bench`. Medians; in brackets'
                ' the smallest and the largest ratio of runs that followed each'
                ' other. "Without" is `compressed-cache-size=0`, or no filter'
-               ' node. A disk has blocks of 4 KiB where nothing else is said.'
-               ' Requests are what the target got; queries, where extents'
-               ' are counted.', '',
+               ' node. A disk has blocks of 4 KiB, and a delay for each request.'
+               ' Requests are those that the target got; with extents, the'
+               ' queries.', '',
                '![How many times faster](summary.svg)', '',
                '| work | without | with | times faster | requests without |'
                ' with | measured |', '| --- ' * 7 + '|']
@@ -326,7 +325,8 @@ class Report:
             out.append(f'| {text} | {" | ".join(seconds)} | '
                        f'{format_figure(faster, row["quick"])[0]} | '
                        f'{" | ".join(map(requests_of, sides))} | '
-                       f'{row["when"]}, QEMU {row["machine"]["QEMU"]} |')
+                       f'{row["when"]}, QEMU {row["machine"]["QEMU"]}'
+                       f'{", quick" if row["quick"] else ""} |')
         machines = {', '.join([m['processor'], f'{m["processors"]} processors',
                                m['memory'], m['file system']])
                     for m in (row['machine'] for row in self.rows.values())}

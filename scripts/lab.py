@@ -211,6 +211,14 @@ class RequestLog:
         return count
 
 
+def is_listening(path):
+    """Whether a server listens on a socket, which exists a moment before"""
+    accepts = '00010000'
+    with open('/proc/net/unix', encoding='utf-8') as f:
+        return any(words[3] == accepts and words[7:] == [path]
+                   for words in map(str.split, f))
+
+
 class Server:
     """A program that listens on a socket, to be used in a with statement.
 
@@ -232,7 +240,7 @@ class Server:
         command = self.command(self.socket)
         # pylint: disable-next=consider-using-with
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        while not os.path.exists(self.socket):
+        while not is_listening(self.socket):
             if self.process.poll() is not None:
                 raise Failed(f'{" ".join(command)} did not start')
             time.sleep(0.01)
