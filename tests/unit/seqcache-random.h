@@ -293,7 +293,7 @@ static uint8_t *random_data(User *u, int64_t bytes)
         x ^= x << 13;
         x ^= x >> 17;
         x ^= x << 5;
-        stl_he_p(buf + i, x);
+        memcpy(buf + i, &x, sizeof(x));
     }
     return buf;
 }
