@@ -86,8 +86,6 @@ typedef struct BDRVCacheExtentsState {
     int64_t block;
     /* How often the child is asked for one extent because it refused many */
     unsigned single_queries;
-    /* Where the last answer ended */
-    int64_t answer_end;
 
     QLIST_HEAD(, CacheExtentsChange) changes;
 
@@ -144,14 +142,13 @@ static bool cacheextents_absorb_opts(uint64_t *max_extents, QDict *options,
 
 /* Called with s->lock held */
 static uint64_t cacheextents_clear_locked(BDRVCacheExtentsState *s,
-                                          CacheExtentsChange *change)
+                                          const CacheExtentsChange *change)
 {
     uint64_t end = change->offset + MAX(change->bytes, 1);
 
-    /* There are no extents before there is a block size */
-    return s->block ?
-        extent_set_clear(s->extents, QEMU_ALIGN_DOWN(change->offset, s->block),
-                         ROUND_UP(end, s->block) - 1) : 0;
+    return extent_set_clear(s->extents,
+                            QEMU_ALIGN_DOWN(change->offset, s->block),
+                            ROUND_UP(end, s->block) - 1);
 }
 
 /*
@@ -175,16 +172,15 @@ static void cacheextents_begin_change(BlockDriverState *bs,
     QLIST_INSERT_HEAD(&s->changes, change, next);
     s->invalidations += cacheextents_clear_locked(s, change);
     /* It can have made two extents of one */
-    extent_set_limit(s->extents, s->max_extents, UINT64_MAX, UINT64_MAX);
+    extent_set_limit(s->extents, s->max_extents, offset, offset);
 }
 
+/* Nothing was expected in its range meanwhile, and nothing is known there */
 static void cacheextents_end_change(CacheExtentsChange *change)
 {
     BDRVCacheExtentsState *s = change->bs->opaque;
 
     QEMU_LOCK_GUARD(&s->lock);
-
-    /* Nothing was expected in its range meanwhile */
     QLIST_REMOVE(change, next);
 }
 
@@ -192,7 +188,7 @@ G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(CacheExtentsChange, cacheextents_end_change)
 
 /* ---- Queries ---- */
 
-/* Called with s->lock held, or where no request can be in flight */
+/* Nor keep the answers of queries in flight.  Called with s->lock held. */
 static void cacheextents_forget_locked(BlockDriverState *bs)
 {
     BDRVCacheExtentsState *s = bs->opaque;
@@ -202,10 +198,14 @@ static void cacheextents_forget_locked(BlockDriverState *bs)
     s->single_queries = 0;
 }
 
-/* Whether nobody but us can change the child, as far as this process goes */
+/*
+ * Whether nobody but us can change the child, as far as this process goes.
+ * While the node is inactive, another process can.
+ */
 static bool GRAPH_RDLOCK cacheextents_can_keep(BlockDriverState *bs)
 {
-    return !(bs->file->shared_perm & (BLK_PERM_WRITE | BLK_PERM_RESIZE));
+    return !(bs->file->shared_perm & (BLK_PERM_WRITE | BLK_PERM_RESIZE)) &&
+           !(bs->open_flags & BDRV_O_INACTIVE);
 }
 
 /* Forget what is no longer true.  Called with s->lock held. */
@@ -224,21 +224,21 @@ static void GRAPH_RDLOCK cacheextents_check_epoch_locked(BlockDriverState *bs)
 
 /*
  * Expect the answer of a query from @start on, to the next extent that is known
- * or expected behind @offset, and at most to @last.  Called with s->lock held.
+ * or expected, and at most to @last.  Called with s->lock held.
  *
  * Returns: the last byte of that range.
  */
 static int64_t cacheextents_expect_locked(BDRVCacheExtentsState *s,
-                                          int64_t start, int64_t offset,
-                                          int64_t last, CoQueue *query)
+                                          int64_t start, int64_t last,
+                                          CoQueue *query)
 {
     Extent new = { .start = start, .last = last, .owner = query };
     CacheExtentsChange *change;
     Extent e;
 
-    if (extent_set_first(s->extents, offset, last, &e)) {
-        /* If another query has not brought @offset, take over from there */
-        new.last = e.start > offset ? e.start - 1 : MIN(e.last, last);
+    if (extent_set_first(s->extents, start, last, &e)) {
+        /* If another query has not brought @start, take over from there */
+        new.last = e.start > start ? e.start - 1 : MIN(e.last, last);
     }
     extent_set_add(s->extents, &new);
     QLIST_FOREACH(change, &s->changes, next) {
@@ -255,11 +255,11 @@ static void cacheextents_keep_locked(BDRVCacheExtentsState *s, CoQueue *query,
                                      uint64_t start, uint64_t last,
                                      const GArray *answer)
 {
-    uint64_t pos = start;
-    guint i = 0;
+    const BdrvBlockExtent *extent = (const BdrvBlockExtent *)answer->data;
+    const BdrvBlockExtent *end = extent + answer->len;
+    uint64_t pos = start; /* of extent */
     Extent e;
 
-    extent_set_limit(s->extents, s->max_extents - answer->len, start, last);
     for (uint64_t next = start;
          next <= last && extent_set_first(s->extents, next, last, &e);
          next = e.last + 1) {
@@ -267,93 +267,76 @@ static void cacheextents_keep_locked(BDRVCacheExtentsState *s, CoQueue *query,
             continue;
         }
         extent_set_clear(s->extents, e.start, e.last);
-        while (i < answer->len) {
-            BdrvBlockExtent *extent = &g_array_index(answer, BdrvBlockExtent,
-                                                     i);
-            uint64_t end = pos + extent->bytes;
+        for (; extent < end && pos <= e.last; pos += extent++->bytes) {
+            Extent new = {
+                .start = MAX(pos, e.start),
+                .last = MIN(pos + extent->bytes - 1, e.last),
+                .flags = extent->flags,
+            };
 
-            if (extent->flags && pos <= e.last && end > e.start) {
-                Extent new = {
-                    .start = MAX(pos, e.start),
-                    .last = MIN(end - 1, e.last),
-                    .flags = extent->flags,
-                };
-
+            if (new.flags && new.start <= new.last) {
                 extent_set_add(s->extents, &new);
             }
-            if (end > e.last) {
+            if (pos + extent->bytes - 1 > e.last) {
                 break;
             }
-            pos = end;
-            i++;
         }
     }
-    /* Changes can have made several extents of one */
-    extent_set_limit(s->extents, s->max_extents, UINT64_MAX, UINT64_MAX);
-}
-
-/* bdrv_co_block_extents() of the child, from @start to @last */
-static int coroutine_fn GRAPH_RDLOCK
-cacheextents_co_ask(BlockDriverState *bs, int64_t start, int64_t last,
-                    unsigned max, GArray *answer)
-{
-    int ret = bdrv_co_block_extents(bs->file->bs, start, last + 1 - start, max,
-                                    answer);
-
-    trace_cacheextents_query(bs, start, answer->len, ret);
-    return ret;
+    extent_set_limit(s->extents, s->max_extents, start, last);
 }
 
 /*
  * Ask the child for everything from @start on that is not known, and keep of
  * the answer what may be kept.  If the child refuses that, ask for one extent,
- * up to @offset + @bytes.  Called with s->lock held, which is released
- * meanwhile.
+ * up to @last.  Called with s->lock held, which is released meanwhile.
  *
  * Returns: 0, and the extent at @start in *@extent; it is empty beyond the end
  * of the child.  Else a negative errno.
  */
 static int coroutine_fn GRAPH_RDLOCK
-cacheextents_co_query_locked(BlockDriverState *bs, int64_t start,
-                             int64_t offset, int64_t bytes,
+cacheextents_co_query_locked(BlockDriverState *bs, int64_t start, int64_t last,
                              BdrvBlockExtent *extent)
 {
     BDRVCacheExtentsState *s = bs->opaque;
+    BlockDriverState *child = bs->file->bs;
     g_autoptr(GArray) answer = g_array_new(false, false,
                                            sizeof(BdrvBlockExtent));
-    CoQueue query;
     unsigned epoch = s->epoch;
-    bool single = s->single_queries;
+    bool many = !s->single_queries;
     bool refused = false;
-    uint64_t max = s->max_extents;
-    int64_t single_last = ROUND_UP(offset + bytes, s->block) - 1;
-    int64_t last;
-    int ret = 0;
+    unsigned max = many ? s->max_extents : 1;
+    CoQueue query;
+    int64_t expected;
+    Extent e;
+    int ret;
 
-    qemu_co_queue_init(&query);
-    last = cacheextents_expect_locked(s, start, offset, single ? single_last :
-                                      INT64_MAX - 1, &query);
-    single_last = MIN(single_last, last);
-    s->single_queries -= single;
-    if (extent_set_count(s->extents) > max / 2 && start != s->answer_end) {
+    s->single_queries -= !many;
+    if (extent_set_count(s->extents) > s->max_extents / 2 &&
+        !(start && extent_set_first(s->extents, start - 1, start - 1, &e)))
+    {
         /*
          * It would replace much of what is known.  That is right for those who
          * look at one range after the other, and not for others.
          */
         max = 1;
     }
+    qemu_co_queue_init(&query);
+    expected = cacheextents_expect_locked(s, start, many ? INT64_MAX - 1 : last,
+                                          &query);
     qemu_mutex_unlock(&s->lock);
 
-    if (!single) {
-        ret = cacheextents_co_ask(bs, start, last, max, answer);
-        refused = ret < 0 && ret != -ENOTSUP;
-    }
-    if (single || refused) {
-        int single_ret = cacheextents_co_ask(bs, start, single_last, 1, answer);
+    ret = bdrv_co_block_extents(child, start, expected + 1 - start, max,
+                                answer);
+    if (many && ret < 0 && ret != -ENOTSUP) {
+        int one = bdrv_co_block_extents(child, start,
+                                        MIN(last, expected) + 1 - start, 1,
+                                        answer);
 
         /* If both fail, the caller gets the first error */
-        ret = single || single_ret == 0 ? single_ret : ret;
+        ret = one < 0 ? ret : one;
+        refused = true;
     }
+    trace_cacheextents_query(bs, start, answer->len, ret);
 
     qemu_mutex_lock(&s->lock);
     s->nb_queries += refused + (ret != -ENOTSUP);
@@ -361,12 +344,8 @@ cacheextents_co_query_locked(BlockDriverState *bs, int64_t start,
     if (refused && ret == 0 && s->epoch == epoch) {
         s->single_queries = QUERIES_AFTER_REFUSAL;
     }
-    cacheextents_keep_locked(s, &query, start, last, answer);
+    cacheextents_keep_locked(s, &query, start, expected, answer);
     qemu_co_queue_restart_all(&query);
-    s->answer_end = start;
-    for (guint i = 0; i < answer->len; i++) {
-        s->answer_end += g_array_index(answer, BdrvBlockExtent, i).bytes;
-    }
 
     *extent = answer->len ? g_array_index(answer, BdrvBlockExtent, 0) :
               (BdrvBlockExtent) { 0 };
@@ -375,8 +354,8 @@ cacheextents_co_query_locked(BlockDriverState *bs, int64_t start,
 
 /*
  * The status at @offset from the set, or from the child.  If it fails with
- * -ENOENT (beyond the end of the child) or -ENOTSUP, the child is to be asked
- * as if there were no filter.
+ * -ENOTSUP, the child is to be asked as if there were no filter; also beyond
+ * its end.
  *
  * Returns: its flags, and in *@pnum for how many bytes they are true; or a
  * negative errno.
@@ -386,39 +365,40 @@ cacheextents_co_find(BlockDriverState *bs, int64_t offset, int64_t bytes,
                      int64_t *pnum)
 {
     BDRVCacheExtentsState *s = bs->opaque;
-    BdrvBlockExtent extent;
+    BdrvBlockExtent answer;
+    bool waited = false;
     int64_t start;
-    bool found;
     Extent e;
     int ret;
 
     QEMU_LOCK_GUARD(&s->lock);
 
     cacheextents_check_epoch_locked(bs);
-    found = extent_set_first(s->extents, offset, offset, &e);
-    if (found && e.owner) {
+    while (extent_set_first(s->extents, offset, offset, &e)) {
+        if (!e.owner) {
+            s->hits++;
+            *pnum = e.last + 1 - offset;
+            return e.flags;
+        }
+        if (waited) {
+            break;
+        }
         /* Somebody else is about to get the answer; wait only once */
         qemu_co_queue_wait(e.owner, &s->lock);
         cacheextents_check_epoch_locked(bs);
-        found = extent_set_first(s->extents, offset, offset, &e);
-    }
-    if (found && !e.owner) {
-        s->hits++;
-        *pnum = e.last + 1 - offset;
-        return e.flags;
+        waited = true;
     }
 
     s->misses++;
     start = QEMU_ALIGN_DOWN(offset, s->block);
-    ret = cacheextents_co_query_locked(bs, start, offset, bytes, &extent);
+    ret = cacheextents_co_query_locked(bs, start,
+                                       ROUND_UP(offset + bytes, s->block) - 1,
+                                       &answer);
     if (ret < 0) {
         return ret;
     }
-    if (extent.bytes <= offset - start) {
-        return -ENOENT;
-    }
-    *pnum = extent.bytes - (offset - start);
-    return extent.flags;
+    *pnum = answer.bytes - (offset - start);
+    return *pnum > 0 ? answer.flags : -ENOTSUP;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -435,7 +415,7 @@ cacheextents_co_block_status(BlockDriverState *bs, BdrvStatusMode mode,
     if (cacheextents_can_keep(bs)) {
         ret = cacheextents_co_find(bs, offset, bytes, pnum);
     }
-    if (ret == -ENOTSUP || ret == -ENOENT) {
+    if (ret == -ENOTSUP) {
         *pnum = bytes;
         ret = BDRV_BLOCK_RAW;
     }
@@ -540,22 +520,6 @@ cacheextents_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     return bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
 }
 
-/* Nor is the answer kept of a query that is in flight */
-static void cacheextents_forget(BlockDriverState *bs)
-{
-    BDRVCacheExtentsState *s = bs->opaque;
-
-    QEMU_LOCK_GUARD(&s->lock);
-
-    cacheextents_forget_locked(bs);
-}
-
-static void coroutine_fn GRAPH_RDLOCK
-cacheextents_co_invalidate_cache(BlockDriverState *bs, Error **errp)
-{
-    cacheextents_forget(bs);
-}
-
 /* Whether @bs, or a filter above it, is the backing file of an image */
 static bool GRAPH_RDLOCK cacheextents_is_backing(BlockDriverState *bs)
 {
@@ -603,26 +567,36 @@ cacheextents_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
                         uint64_t *nperm, uint64_t *nshared)
 {
     bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
-    if (!c || !QLIST_EMPTY(&c->bs->children) || QLIST_EMPTY(&bs->parents) ||
-        (bs->open_flags & BDRV_O_INACTIVE))
+    if (c && QLIST_EMPTY(&c->bs->children) && !QLIST_EMPTY(&bs->parents) &&
+        !(bs->open_flags & BDRV_O_INACTIVE) &&
+        !(cacheextents_is_backing(bs) && (!(perm & BLK_PERM_CONSISTENT_READ) ||
+                                          cacheextents_has_rival(c))))
     {
-        return;
+        *nshared &= ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
     }
-    if (cacheextents_is_backing(bs) && (!(perm & BLK_PERM_CONSISTENT_READ) ||
-                                        cacheextents_has_rival(c)))
-    {
-        return;
-    }
-    *nshared &= ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
 }
 
 /* Permissions have changed, or the node became inactive */
 static void GRAPH_RDLOCK
 cacheextents_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
 {
+    BDRVCacheExtentsState *s = bs->opaque;
+
+    QEMU_LOCK_GUARD(&s->lock);
+
     if (bs->file && !cacheextents_can_keep(bs)) {
-        cacheextents_forget(bs);
+        cacheextents_forget_locked(bs);
     }
+}
+
+static void cacheextents_close(BlockDriverState *bs)
+{
+    BDRVCacheExtentsState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    extent_set_free(s->extents);
+    qemu_mutex_destroy(&s->lock);
 }
 
 static int cacheextents_open(BlockDriverState *bs, QDict *options, int flags,
@@ -641,11 +615,11 @@ static int cacheextents_open(BlockDriverState *bs, QDict *options, int flags,
     qemu_mutex_init(&s->lock);
     QLIST_INIT(&s->changes);
     s->extents = extent_set_new();
+    s->block = BDRV_SECTOR_SIZE;
 
     ret = bdrv_open_file_child(NULL, options, "file", bs, errp);
     if (ret < 0) {
-        extent_set_free(s->extents);
-        qemu_mutex_destroy(&s->lock);
+        cacheextents_close(bs);
         return ret;
     }
 
@@ -658,16 +632,6 @@ static int cacheextents_open(BlockDriverState *bs, QDict *options, int flags,
          bs->file->bs->supported_zero_flags);
     bs->supported_truncate_flags = bs->file->bs->supported_truncate_flags;
     return 0;
-}
-
-static void cacheextents_close(BlockDriverState *bs)
-{
-    BDRVCacheExtentsState *s = bs->opaque;
-
-    GLOBAL_STATE_CODE();
-
-    extent_set_free(s->extents);
-    qemu_mutex_destroy(&s->lock);
 }
 
 static int cacheextents_reopen_prepare(BDRVReopenState *state,
@@ -688,7 +652,9 @@ static void cacheextents_reopen_commit(BDRVReopenState *state)
 {
     BDRVCacheExtentsState *s = state->bs->opaque;
 
-    cacheextents_forget(state->bs);
+    QEMU_LOCK_GUARD(&s->lock);
+
+    cacheextents_forget_locked(state->bs);
     s->max_extents = GPOINTER_TO_UINT(state->opaque);
 }
 
@@ -731,7 +697,6 @@ static BlockDriver bdrv_cacheextents_filter = {
     .mutable_opts                   = cacheextents_mutable_opts,
     .bdrv_reopen_prepare            = cacheextents_reopen_prepare,
     .bdrv_reopen_commit             = cacheextents_reopen_commit,
-    .bdrv_co_invalidate_cache       = cacheextents_co_invalidate_cache,
 
     .bdrv_refresh_limits            = bdrv_write_once_refresh_limits,
     .bdrv_child_perm                = cacheextents_child_perm,

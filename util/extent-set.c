@@ -151,10 +151,7 @@ void extent_set_limit(ExtentSet *set, uint64_t max, uint64_t start,
         ExtentNode *e = extent_set_find(set, 0, UINT64_MAX);
 
         if (e->node.last >= start) {
-            e = extent_set_behind(set, last);
-        }
-        if (!e) {
-            break;
+            e = extent_set_behind(set, last) ?: e;
         }
         extent_set_remove(set, e);
     }

@@ -94,9 +94,9 @@ uint64_t extent_set_clear(ExtentSet *set, uint64_t start, uint64_t last);
  * @start: the first byte of a range.
  * @last: its last byte.
  *
- * Removes extents until there are no more than @max, or none any more but
- * those that overlap the range.  Those before it go before those after it, and
- * lower ones before higher ones.
+ * Removes extents until there are no more than @max: first those before the
+ * range, then those after it, and at last those that overlap it; lower ones
+ * before higher ones.
  */
 void extent_set_limit(ExtentSet *set, uint64_t max, uint64_t start,
                       uint64_t last);

@@ -99,12 +99,12 @@ static void test_limit(void)
     check(set, 51, 50, 54, 1, NULL);
     check(set, 60, 70, 74, 1, NULL);
     g_assert_cmpuint(extent_set_count(set), ==, 7);
-    /* No others are left */
-    extent_set_limit(set, 0, 30, 50);
-    g_assert_cmpuint(extent_set_count(set), ==, 4);
-    /* The lowest one */
-    extent_set_limit(set, 3, UINT64_MAX, UINT64_MAX);
+    /* What overlaps the range goes last, the lowest one first */
+    extent_set_limit(set, 4, 30, 50);
+    check(set, 0, 26, 31, 2, NULL);
+    extent_set_limit(set, 3, 30, 50);
     check(set, 0, 32, 34, 1, NULL);
+    g_assert_cmpuint(extent_set_count(set), ==, 3);
     extent_set_limit(set, 0, UINT64_MAX, UINT64_MAX);
     g_assert_cmpuint(extent_set_count(set), ==, 0);
     extent_set_free(set);
@@ -158,11 +158,12 @@ static uint64_t known_extents(const Byte *bytes, int start, int last)
     return nb;
 }
 
-/* The naive way: the lowest extent that may go, again and again */
+/* The naive way: the best one to go, again and again */
 static void limit_bytes(Byte *bytes, unsigned max, int start, int last)
 {
     for (;;) {
         int victim = -1, victim_end = 0;
+        bool overlaps = true;
         unsigned nb = 0;
 
         for (int i = 0, end; i < SIZE; i = end) {
@@ -174,12 +175,13 @@ static void limit_bytes(Byte *bytes, unsigned max, int start, int last)
                 end++;
             }
             nb++;
-            if (victim < 0 && (end <= start || i > last)) {
+            if (overlaps && (victim < 0 || end <= start || i > last)) {
                 victim = i;
                 victim_end = end;
+                overlaps = end > start && i <= last;
             }
         }
-        if (nb <= max || victim < 0) {
+        if (nb <= max) {
             return;
         }
         for (int i = victim; i < victim_end; i++) {
