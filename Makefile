@@ -48,6 +48,11 @@ check-fresh:
 	@scripts/arguments $@
 	@scripts/check-fresh
 
+export:
+	@scripts/arguments $@
+	@scripts/deps source patches build
+	@scripts/export
+
 update:
 	@scripts/arguments $@
 	@scripts/debian-source --update
@@ -99,7 +104,7 @@ coverage:
 	@scripts/coverage
 
 clean:
-	rm -rf build build-* qemu qemu-[0-9]* qemu-test* cache/source*
+	rm -rf build build-* qemu qemu-[0-9]* qemu-test* export-* cache/source*
 
 distclean: clean
 	rm -rf cache
@@ -147,6 +152,8 @@ help:
 	@echo 'make coverage          a build with --enable-gcov, the unit tests and our'
 	@echo '                       iotests in it; prints which of our lines they'
 	@echo '                       reach; half an hour'
+	@echo 'make export            write the patches for VERSION as git am and'
+	@echo '                       packagers take them, into export-VERSION/'
 	@echo 'make update            take a newer QEMU, if Debian has one'
 	@echo 'make clean             remove the prepared tree and all builds'
 	@echo 'make distclean         the same, and the downloads'
@@ -170,5 +177,5 @@ help:
 
 .PHONY: all check check-standalone check-unit check-iotests check-filtered \
         check-upstream check-long check-tsan check-clang check-fresh lint \
-        coverage bench bench-quick demo update clean distclean \
+        coverage export bench bench-quick demo update clean distclean \
         help

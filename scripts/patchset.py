@@ -143,8 +143,8 @@ class Patch:
         return cls(name, text, adds, diff)
 
     @property
-    def subject(self):
-        return self.text.partition('\n')[0]
+    def topic(self):
+        return self.name.partition('/')[0]
 
     def trailer(self, name):
         """The value of a trailer, on one line, or None"""
@@ -164,12 +164,38 @@ class Patch:
         """The message of its commit"""
         return add_trailer(self.text, f'Patch: {self.name}') + '\n'
 
-    def needs(self):
-        """The names of the patches that this one needs"""
-        value = self.trailer('Needs') or 'nothing'
-        return [] if value.startswith('nothing') else [
-            n.removesuffix('.patch') for n in re.split(r'[\s,;]+', value)
-            if NAME.fullmatch(n)]
+    def names_in(self, trailer):
+        """The names of patches in this trailer"""
+        words = re.split(r'[\s,;]+', self.trailer(trailer) or '')
+        return [w for w in (w.rstrip('.').removesuffix('.patch')
+                            for w in words) if NAME.fullmatch(w)]
+
+
+def parse_series(text):
+    """({name: comment lines before it}, [(name, versions)])"""
+    blocks, entries, block = {}, [], []
+    for line in text.splitlines():
+        if line.startswith('#') or not line.strip():
+            block.append(line)
+            continue
+        name, _, mark = line.partition('.patch')
+        blocks[name], block = block, []
+        entries.append((name, mark.strip(' []').split()))
+    blocks[None] = block
+    return blocks, entries
+
+
+def topic_comments(text):
+    """{topic: text}: the comments before the first patches of topics"""
+    blocks, entries = parse_series(text)
+    found = {}
+    for name, _ in entries:
+        # What is before an empty line is not about the topic
+        text = '\n'.join(blocks[name]).strip('\n').rpartition('\n\n')[2]
+        text = re.sub('^# ?', '', text, flags=re.M).strip()
+        topic = name.partition('/')[0]
+        found.setdefault(topic, text.removeprefix(f'{topic}:').strip())
+    return found
 
 
 class Repo:
@@ -225,7 +251,7 @@ class Repo:
             f'{self.folder}/', stdin='\n'.join(files))
         self.git('add', '-f', '--pathspec-from-file=-', stdin='\n'.join(files))
 
-    def apply(self, patch):
+    def apply(self, patch, message=None):
         """Apply a patch without fuzz, and commit it; whether this succeeds."""
         if patch.diff and not self.succeeds('apply', '--index', '-',
                                             stdin=patch.diff):
@@ -238,7 +264,7 @@ class Repo:
         if patch.adds:
             self.add(patch.adds)
         self.git('commit', '-q', '--allow-empty', '--cleanup=verbatim', '-F',
-                 '-', stdin=patch.message())
+                 '-', stdin=message or patch.message())
         return True
 
     def commits(self, end='HEAD'):
