@@ -26,7 +26,6 @@
 #include "qapi/error.h"
 #include "qemu/cutils.h"
 #include "qemu/error-report.h"
-#include "qemu/memalign.h"
 #include "qemu/option.h"
 #include "qemu/units.h"
 #include "qcow2.h"
@@ -34,16 +33,6 @@
 
 #define DEFAULT_COMPRESSED_CACHE_SIZE (16 * MiB)
 #define MAX_COMPRESSED_CACHE_SIZE (1 * GiB)
-
-/*
- * A coroutine that waits until @number compressed writes have had their turn;
- * or, in s->fua_waiters, for the end of a flush
- */
-typedef struct Qcow2CompressWaiter {
-    uint64_t number;
-    CoQueue queue;
-    QLIST_ENTRY(Qcow2CompressWaiter) next;
-} Qcow2CompressWaiter;
 
 bool qcow2_compressed_cache_size(BlockDriverState *bs, QemuOpts *opts,
                                  int64_t *size, Error **errp)
@@ -139,108 +128,6 @@ void qcow2_update_write_behind(BlockDriverState *bs, int flags)
     s->write_behind = opts.cache_size ? wb_new(bs, &opts) : NULL;
 }
 
-void *qcow2_get_compress_buf(BlockDriverState *bs)
-{
-    BDRVQcow2State *s = bs->opaque;
-
-    if (s->write_behind) {
-        qatomic_inc(&s->nb_compress_bufs);
-        for (int i = 0; i < QCOW2_SPARE_COMPRESS_BUFS; i++) {
-            void *buf = qatomic_read(&s->spare_compress_bufs[i]) ?
-                        qatomic_xchg(&s->spare_compress_bufs[i], NULL) : NULL;
-
-            if (buf) {
-                return buf;
-            }
-        }
-    }
-    return qemu_blockalign(bs, s->cluster_size);
-}
-
-void qcow2_put_compress_buf(BlockDriverState *bs, void *buf)
-{
-    BDRVQcow2State *s = bs->opaque;
-
-    if (s->write_behind) {
-        for (int i = 0; i < QCOW2_SPARE_COMPRESS_BUFS && buf; i++) {
-            if (!qatomic_cmpxchg(&s->spare_compress_bufs[i], NULL, buf)) {
-                buf = NULL;
-            }
-        }
-        if (qatomic_fetch_dec(&s->nb_compress_bufs) == 1) {
-            for (int i = 0; i < QCOW2_SPARE_COMPRESS_BUFS; i++) {
-                qemu_vfree(qatomic_xchg(&s->spare_compress_bufs[i], NULL));
-            }
-        }
-    }
-    qemu_vfree(buf);
-}
-
-/*
- * Let the next one allocate, and those go on that waited for the turns up to
- * this one.  Called with s->lock held.
- */
-static void coroutine_fn qcow2_end_turn_locked(BDRVQcow2State *s)
-{
-    Qcow2CompressWaiter *waiter;
-
-    s->nb_compress_done++;
-    QLIST_FOREACH(waiter, &s->compress_waiters, next) {
-        if (waiter->number == s->nb_compress_done) {
-            qemu_co_queue_next(&waiter->queue);
-        }
-    }
-}
-
-/*
- * Wait until the turns of the first @number compressed writes are over.  Called
- * with s->lock held, which is released meanwhile.
- */
-static void coroutine_fn
-qcow2_co_wait_turns_locked(BDRVQcow2State *s, uint64_t number)
-{
-    Qcow2CompressWaiter self = { .number = number };
-
-    if (number > s->nb_compress_done) {
-        qemu_co_queue_init(&self.queue);
-        QLIST_INSERT_HEAD(&s->compress_waiters, &self, next);
-        qemu_co_queue_wait(&self.queue, &s->lock);
-        QLIST_REMOVE(&self, next);
-    }
-}
-
-ssize_t coroutine_fn
-qcow2_co_compress_in_order(BlockDriverState *bs, void *dest, size_t dest_size,
-                           const void *src, size_t src_size)
-{
-    BDRVQcow2State *s = bs->opaque;
-    uint64_t number;
-    ssize_t ret;
-
-    if (!s->write_behind) {
-        ret = qcow2_co_compress(bs, dest, dest_size, src, src_size);
-        return qatomic_read(&s->abandoned) ? -ECANCELED : ret;
-    }
-
-    WITH_QEMU_LOCK_GUARD(&s->lock) {
-        number = s->nb_compress_begun++;
-    }
-
-    ret = qcow2_co_compress(bs, dest, dest_size, src, src_size);
-
-    WITH_QEMU_LOCK_GUARD(&s->lock) {
-        qcow2_co_wait_turns_locked(s, number);
-        if (qatomic_read(&s->abandoned)) {
-            ret = -ECANCELED;
-        }
-        if (ret < 0) {
-            qcow2_end_turn_locked(s);
-        }
-    }
-
-    return ret;
-}
-
 int coroutine_fn
 qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
                           const void *buf, int bytes, GArray *allocs)
@@ -252,13 +139,11 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
     int ret;
 
     ret = wb_co_reserve(bs, wb, 1);
-
-    QEMU_LOCK_GUARD(&s->lock);
-
-    qcow2_end_turn_locked(s);
     if (ret < 0) {
         return ret;
     }
+
+    QEMU_LOCK_GUARD(&s->lock);
 
     if (s->free_byte_offset && !wb_continues(wb, s->free_byte_offset)) {
         s->free_byte_offset = 0;
@@ -284,58 +169,6 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
     }
 
     return 0;
-}
-
-int coroutine_fn qcow2_co_flush_compressed(BlockDriverState *bs)
-{
-    BDRVQcow2State *s = bs->opaque;
-    Qcow2CompressWaiter *waiter;
-    uint64_t number;
-    int ret;
-
-    if (!s->write_behind) {
-        return bdrv_co_flush_inserted(bs);
-    }
-
-    qemu_co_mutex_lock(&s->lock);
-    number = ++s->nb_fua_begun;
-
-    /* Let those come along that were begun, if they want to be flushed, too */
-    qcow2_co_wait_turns_locked(s, s->nb_compress_begun);
-
-    while (number > MAX(s->nb_fua_done, s->nb_fua_failed)) {
-        Qcow2CompressWaiter self;
-        uint64_t last;
-
-        if (s->fua_flushing) {
-            qemu_co_queue_init(&self.queue);
-            QLIST_INSERT_HEAD(&s->fua_waiters, &self, next);
-            qemu_co_queue_wait(&self.queue, &s->lock);
-            QLIST_REMOVE(&self, next);
-            continue;
-        }
-
-        s->fua_flushing = true;
-        last = s->nb_fua_begun;
-        qemu_co_mutex_unlock(&s->lock);
-        ret = bdrv_co_flush_inserted(bs);
-        qemu_co_mutex_lock(&s->lock);
-        s->fua_flushing = false;
-
-        if (ret < 0) {
-            s->nb_fua_failed = last;
-            s->fua_error = ret;
-        } else {
-            s->nb_fua_done = last;
-        }
-        QLIST_FOREACH(waiter, &s->fua_waiters, next) {
-            qemu_co_queue_next(&waiter->queue);
-        }
-    }
-
-    ret = number <= s->nb_fua_done ? 0 : s->fua_error;
-    qemu_co_mutex_unlock(&s->lock);
-    return ret;
 }
 
 int coroutine_fn
@@ -370,16 +203,6 @@ qcow2_co_read_cached(BlockDriverState *bs, uint64_t l2_entry, uint8_t **buf)
     return ret;
 }
 
-void qcow2_abandon(BlockDriverState *bs)
-{
-    BDRVQcow2State *s = bs->opaque;
-
-    qatomic_set(&s->abandoned, true);
-    if (s->write_behind) {
-        wb_abandon(s->write_behind);
-    }
-}
-
 int coroutine_fn qcow2_co_settle(BlockDriverState *bs, BdrvSettleMode mode)
 {
     BDRVQcow2State *s = bs->opaque;
@@ -410,19 +233,12 @@ void qcow2_drain_end(BlockDriverState *bs)
     wb_drained_end(s->write_behind);
 }
 
-void qcow2_free_ejected(BlockDriverState *bs)
+void qcow2_drop_write_behind(BlockDriverState *bs)
 {
     BDRVQcow2State *s = bs->opaque;
 
     GLOBAL_STATE_CODE();
     GRAPH_RDLOCK_GUARD_MAINLOOP();
-
-    /* An image can be found to be corrupt while it is being opened */
-    if (!s) {
-        return;
-    }
-    /* Which stops the timer that shrinks the caches for metadata */
-    bdrv_find_format("qcow2")->bdrv_detach_aio_context(bs);
 
     if (!s->write_behind) {
         return;

@@ -44,53 +44,8 @@ bool qcow2_compressed_cache_size(BlockDriverState *bs, QemuOpts *opts,
 void GRAPH_RDLOCK qcow2_update_write_behind(BlockDriverState *bs, int flags);
 
 /**
- * qcow2_get_compress_buf:
- * @bs: the node.
- *
- * Get memory for one cluster, aligned for the node's requests.  While other
- * compressed writes are under way, memory that they have put back is used
- * again: what the heap gives back to the kernel comes again page by page, which
- * can take longer than compression.  Needs no lock; any thread may call it.
- *
- * Returns: the memory, to be put back with qcow2_put_compress_buf().
- */
-void *qcow2_get_compress_buf(BlockDriverState *bs);
-
-/**
- * qcow2_put_compress_buf:
- * @bs: the node.
- * @buf: what qcow2_get_compress_buf() returned.
- *
- * Put memory back.  When all of it was put back, all of it is freed.  Needs no
- * lock; any thread may call it.
- */
-void qcow2_put_compress_buf(BlockDriverState *bs, void *buf);
-
-/**
- * qcow2_co_compress_in_order:
- * @bs: the node; s->lock is not held.
- * @dest: where the compressed data goes.
- * @dest_size: size of @dest in bytes.
- * @src: the data of one cluster.
- * @src_size: its size in bytes.
- *
- * qcow2_co_compress(); if the node has a cache, those that were called first
- * return first.  So they can allocate space in this order, although clusters
- * are compressed in parallel: the next one does not return before the caller of
- * this one has called qcow2_co_write_compressed(), which it must do if this one
- * has succeeded, or, if it has failed, before the caller yields.
- *
- * Returns: what qcow2_co_compress() returns; or -ECANCELED if the image was
- * abandoned.
- */
-ssize_t coroutine_fn
-qcow2_co_compress_in_order(BlockDriverState *bs, void *dest, size_t dest_size,
-                           const void *src, size_t src_size);
-
-/**
  * qcow2_co_write_compressed:
- * @bs: the node; s->lock is not held, and the node has a cache.  The caller has
- *      compressed the data with qcow2_co_compress_in_order().
+ * @bs: the node; s->lock is not held, and the node has a cache.
  * @offset: guest offset of the cluster.
  * @buf: compressed data; copied.
  * @bytes: size of the compressed data.
@@ -106,19 +61,6 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
                           const void *buf, int bytes, GArray *allocs);
 
 /**
- * qcow2_co_flush_compressed:
- * @bs: the node; s->lock is not held.
- *
- * Make a compressed write stable that has succeeded (FUA).  If the node has a
- * cache, this waits for the compressed writes that were begun before, until
- * their data is in the cache as well.  All that are to be flushed at that time
- * share one flush, and its result.
- *
- * Returns: 0 on success, -errno on failure.
- */
-int coroutine_fn GRAPH_RDLOCK qcow2_co_flush_compressed(BlockDriverState *bs);
-
-/**
  * qcow2_co_read_cached:
  * @bs: the node; s->lock is held since @l2_entry was looked up.
  * @l2_entry: entry of a compressed cluster.
@@ -132,15 +74,6 @@ int coroutine_fn GRAPH_RDLOCK qcow2_co_flush_compressed(BlockDriverState *bs);
  */
 int coroutine_fn GRAPH_RDLOCK
 qcow2_co_read_cached(BlockDriverState *bs, uint64_t l2_entry, uint8_t **buf);
-
-/**
- * qcow2_abandon:
- * @bs: the node, which is about to be closed.
- *
- * bdrv_abandon() of qcow2: drop what is cached on closing, without any report,
- * and let compressed writes that have no space yet fail with -ECANCELED.
- */
-void GRAPH_RDLOCK qcow2_abandon(BlockDriverState *bs);
 
 /**
  * qcow2_co_settle:
@@ -173,15 +106,14 @@ void qcow2_drain_begin(BlockDriverState *bs);
 void qcow2_drain_end(BlockDriverState *bs);
 
 /**
- * qcow2_free_ejected:
- * @bs: the node; its image was found to be corrupt, so that it has no driver
- *      any more, and it is drained.
+ * qcow2_drop_write_behind:
+ * @bs: the node; its image failed as corrupt, so that it has no driver any
+ *      more, and it is drained.
  *
- * Free the cache, whose data is lost, which is reported; and the timer that
- * shrinks the caches for metadata.  Called in the main thread, without the
- * graph lock.
+ * Free the cache.  Its data is lost, which is reported.  Called in the main
+ * thread, without the graph lock.
  */
-void qcow2_free_ejected(BlockDriverState *bs);
+void qcow2_drop_write_behind(BlockDriverState *bs);
 
 /**
  * qcow2_get_specific_stats:
