@@ -138,7 +138,7 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
     uint64_t host_offset;
     int ret;
 
-    ret = wb_co_reserve(bs, wb, 1);
+    ret = wb_co_reserve(wb, 1);
     if (ret < 0) {
         return ret;
     }
@@ -160,7 +160,7 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
         return ret;
     }
 
-    if (!wb_accept(bs, wb, 1, host_offset, bytes, buf)) {
+    if (!wb_accept(wb, 1, host_offset, bytes, buf)) {
         /* Only corrupt refcounts can make the allocator return this cluster */
         qcow2_signal_corruption(bs, true, host_offset, bytes, "Preventing "
                                 "invalid write of compressed data to a cluster "
@@ -185,7 +185,7 @@ qcow2_co_read_cached(BlockDriverState *bs, uint64_t l2_entry, uint8_t **buf)
     }
 
     qcow2_parse_compressed_l2_entry(bs, l2_entry, &coffset, &csize);
-    if (!wb_is_cached(s->write_behind, coffset, csize)) {
+    if (wb_gap(s->write_behind, coffset, csize) == csize) {
         return 0;
     }
 
@@ -195,7 +195,7 @@ qcow2_co_read_cached(BlockDriverState *bs, uint64_t l2_entry, uint8_t **buf)
     }
 
     qemu_iovec_init_buf(&qiov, *buf, csize);
-    ret = wb_co_preadv_part(bs, s->write_behind, coffset, csize, &qiov, 0, 0);
+    ret = wb_co_preadv_part(s->write_behind, coffset, csize, &qiov, 0, 0);
     if (ret < 0) {
         g_free(*buf);
         *buf = NULL;
@@ -207,7 +207,7 @@ int coroutine_fn qcow2_co_settle(BlockDriverState *bs, BdrvSettleMode mode)
 {
     BDRVQcow2State *s = bs->opaque;
 
-    return s->write_behind ? wb_co_settle(bs, s->write_behind, mode) : 0;
+    return s->write_behind ? wb_co_settle(s->write_behind, mode) : 0;
 }
 
 void qcow2_cancel_in_flight(BlockDriverState *bs)

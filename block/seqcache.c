@@ -242,13 +242,20 @@ static void seqcache_forget_clean(BDRVSeqCacheState *s)
     s->length = -1;
 }
 
-/* A write that goes to @end was successful; 0: there is a writer from now on */
-static void seqcache_own_length(BlockDriverState *bs, int64_t end)
+/*
+ * A write that goes to @end was successful; 0: there is a writer from now on.
+ * Another write that starts there begins a stream, if @stream.
+ */
+static void seqcache_written(BlockDriverState *bs, int64_t end, bool stream)
 {
     BDRVSeqCacheState *s = bs->opaque;
 
     QEMU_LOCK_GUARD(&s->lock);
 
+    if (stream) {
+        s->ends[s->next_end] = end;
+        s->next_end = (s->next_end + 1) % NB_ENDS;
+    }
     if (s->length < 0) {
         s->length = bs->total_sectors * BDRV_SECTOR_SIZE;
     }
@@ -517,7 +524,7 @@ seqcache_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
             seqcache_forget_clean(s);
         }
     } else {
-        seqcache_own_length(bs, 0);
+        seqcache_written(bs, 0, false);
     }
 
     qatomic_set(&s->release_pending, release);
@@ -579,9 +586,11 @@ seqcache_co_getlength(BlockDriverState *bs)
 }
 
 /* Whether this write, which is not in the cache, should begin a stream there */
-static bool seqcache_begins_stream(BDRVSeqCacheState *s, int64_t offset,
-                                   int64_t bytes, int64_t align)
+static bool GRAPH_RDLOCK
+seqcache_begins_stream(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
+    BDRVSeqCacheState *s = bs->opaque;
+
     QEMU_LOCK_GUARD(&s->lock);
 
     for (unsigned i = 0; i < NB_ENDS; i++) {
@@ -590,15 +599,8 @@ static bool seqcache_begins_stream(BDRVSeqCacheState *s, int64_t offset,
             return true;
         }
     }
-    return !QEMU_IS_ALIGNED(offset | bytes, align);
-}
-
-static void seqcache_remember_end(BDRVSeqCacheState *s, int64_t end)
-{
-    QEMU_LOCK_GUARD(&s->lock);
-
-    s->ends[s->next_end] = end;
-    s->next_end = (s->next_end + 1) % NB_ENDS;
+    return !QEMU_IS_ALIGNED(offset | bytes,
+                            bs->file->bs->bl.request_alignment);
 }
 
 /*
@@ -613,78 +615,49 @@ seqcache_co_cache(BlockDriverState *bs, int64_t offset, int64_t bytes,
                   QEMUIOVector *qiov, size_t qiov_offset)
 {
     BDRVSeqCacheState *s = bs->opaque;
-    WriteBehind *wb = s->write_behind;
-    int64_t align = bs->file->bs->bl.request_alignment;
-    int64_t cluster_end = QEMU_ALIGN_DOWN(offset, s->opts.cluster_size) +
-                          s->opts.cluster_size;
-    int64_t n = MIN(bytes, cluster_end - offset);
-    g_autofree uint8_t *bounce = NULL;
-    bool cached = !wb_gap(wb, offset, 1);
-    const uint8_t *buf;
-    int ret;
+    int64_t n = wb_co_write(s->write_behind, offset, bytes, qiov, qiov_offset,
+                            false);
 
-    if (!cached && !wb_continues(wb, offset) &&
-        !seqcache_begins_stream(s, offset, bytes, align)) {
-        return 0;
+    if (n == 0 && seqcache_begins_stream(bs, offset, bytes)) {
+        n = wb_co_write(s->write_behind, offset, bytes, qiov, qiov_offset,
+                        true);
     }
-
-    if (qiov->niov == 1) {
-        buf = (uint8_t *)qiov->iov[0].iov_base + qiov_offset;
-    } else {
-        buf = bounce = g_try_malloc(n);
-        if (!bounce) {
-            return -ENOMEM;
-        }
-        qemu_iovec_to_buf(qiov, qiov_offset, bounce, n);
+    if (n > 0) {
+        seqcache_written(bs, offset + n,
+                         QEMU_IS_ALIGNED(offset + n, s->opts.cluster_size));
     }
-
-    if (cached) {
-        n = wb_overwrite(bs, wb, offset, n, buf);
-        if (offset + n == cluster_end) {
-            seqcache_remember_end(s, cluster_end);
-        }
-        return n;
-    }
-
-    if (!wb_append(bs, wb, offset, n, buf)) {
-        ret = wb_co_reserve(bs, wb, 1);
-        if (ret < 0) {
-            return ret;
-        }
-        if (!wb_accept(bs, wb, 1, offset, n, buf)) {
-            return 0;
-        }
-    }
-    if (offset + n == cluster_end) {
-        seqcache_remember_end(s, cluster_end);
-    }
-    seqcache_own_length(bs, offset + n);
     return n;
 }
 
+/*
+ * What every request to the child begins with.  If it changes the child, it
+ * ends with seqcache_co_end_direct().
+ */
 static int coroutine_fn GRAPH_RDLOCK
 seqcache_co_write_out(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
     BDRVSeqCacheState *s = bs->opaque;
 
     return s->write_behind ?
-           wb_co_write_out(bs, s->write_behind, offset, bytes) : 0;
+           wb_co_write_out(s->write_behind, offset, bytes) : 0;
 }
 
 /*
- * To follow a request to the child itself, whatever became of it.  What was
- * cached in its range meanwhile may be older or newer than the request where it
- * is on the child; only the child can tell.  What is not there yet is newer.
+ * @ret is the result of the request.  What was cached in its range meanwhile
+ * may be older or newer than the request where it is on the child; only the
+ * child can tell.  What is not there yet is newer.
  */
-static void coroutine_fn GRAPH_RDLOCK
-seqcache_co_end_direct(BlockDriverState *bs, int64_t offset, int64_t bytes)
+static int coroutine_fn GRAPH_RDLOCK
+seqcache_co_end_direct(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                       int ret)
 {
     BDRVSeqCacheState *s = bs->opaque;
 
     if (seqcache_co_write_out(bs, offset, bytes) < 0) {
         /* What cannot be written stays cached, and comes after the request */
-        wb_drop_written(bs, s->write_behind, offset, bytes);
+        wb_drop_written(s->write_behind, offset, bytes);
     }
+    return ret;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -727,11 +700,9 @@ seqcache_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
     ret = bdrv_co_pwritev_part(bs->file, offset, bytes, qiov, qiov_offset,
                                flags);
     if (ret >= 0) {
-        seqcache_remember_end(s, offset + bytes);
-        seqcache_own_length(bs, offset + bytes);
+        seqcache_written(bs, offset + bytes, true);
     }
-    seqcache_co_end_direct(bs, offset, bytes);
-    return ret;
+    return seqcache_co_end_direct(bs, offset, bytes, ret);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -745,7 +716,7 @@ seqcache_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
         return bdrv_co_preadv_part(bs->file, offset, bytes, qiov, qiov_offset,
                                    flags);
     }
-    return wb_co_preadv_part(bs, s->write_behind, offset, bytes, qiov,
+    return wb_co_preadv_part(s->write_behind, offset, bytes, qiov,
                              qiov_offset, flags);
 }
 
@@ -762,10 +733,9 @@ seqcache_co_pwritev_compressed_part(BlockDriverState *bs, int64_t offset,
     ret = bdrv_co_pwritev_part(bs->file, offset, bytes, qiov, qiov_offset,
                                flags | BDRV_REQ_WRITE_COMPRESSED);
     if (ret >= 0) {
-        seqcache_own_length(bs, offset + bytes);
+        seqcache_written(bs, offset + bytes, false);
     }
-    seqcache_co_end_direct(bs, offset, bytes);
-    return ret;
+    return seqcache_co_end_direct(bs, offset, bytes, ret);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -779,10 +749,9 @@ seqcache_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
     }
     ret = bdrv_co_pwrite_zeroes(bs->file, offset, bytes, flags);
     if (ret >= 0) {
-        seqcache_own_length(bs, offset + bytes);
+        seqcache_written(bs, offset + bytes, false);
     }
-    seqcache_co_end_direct(bs, offset, bytes);
-    return ret;
+    return seqcache_co_end_direct(bs, offset, bytes, ret);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -794,8 +763,7 @@ seqcache_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
         return ret;
     }
     ret = bdrv_co_pdiscard(bs->file, offset, bytes);
-    seqcache_co_end_direct(bs, offset, bytes);
-    return ret;
+    return seqcache_co_end_direct(bs, offset, bytes, ret);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -829,10 +797,9 @@ seqcache_co_copy_range_to(BlockDriverState *bs, BdrvChild *src,
     ret = bdrv_co_copy_range_to(src, src_offset, bs->file, dst_offset,
                                 bytes, read_flags, write_flags);
     if (ret >= 0) {
-        seqcache_own_length(bs, dst_offset + bytes);
+        seqcache_written(bs, dst_offset + bytes, false);
     }
-    seqcache_co_end_direct(bs, dst_offset, bytes);
-    return ret;
+    return seqcache_co_end_direct(bs, dst_offset, bytes, ret);
 }
 
 /*
@@ -1021,7 +988,7 @@ seqcache_co_settle(BlockDriverState *bs, BdrvSettleMode mode)
 {
     BDRVSeqCacheState *s = bs->opaque;
 
-    return s->write_behind ? wb_co_settle(bs, s->write_behind, mode) : 0;
+    return s->write_behind ? wb_co_settle(s->write_behind, mode) : 0;
 }
 
 /* A job that is cancelled does not wait for a server that is gone */

@@ -258,7 +258,7 @@ int64_t wb_cache_size(const WriteBehind *wb)
  * half of the cache, so that the other half can take writes meanwhile.
  */
 static SeqCacheLimits GRAPH_RDLOCK
-wb_limits(BlockDriverState *bs, WriteBehind *wb)
+wb_limits(WriteBehind *wb)
 {
     SeqCacheLimits limits = {
         .align = 1,
@@ -266,8 +266,8 @@ wb_limits(BlockDriverState *bs, WriteBehind *wb)
         .max_iov = IOV_MAX,
     };
 
-    if (bs->file) {
-        BlockLimits *bl = &bs->file->bs->bl;
+    if (wb->bs->file) {
+        BlockLimits *bl = &wb->bs->file->bs->bl;
 
         limits.align = bl->request_alignment;
         limits.max_bytes = MIN_NON_ZERO(limits.max_bytes, bl->max_transfer);
@@ -367,9 +367,9 @@ static WriteBehindWork wb_work_locked(WriteBehind *wb,
  * to wb_co_write_locked().  Called with wb->lock held.
  */
 static SeqCacheRequest * GRAPH_RDLOCK
-wb_next_request_locked(BlockDriverState *bs, WriteBehind *wb)
+wb_next_request_locked(WriteBehind *wb)
 {
-    SeqCacheLimits limits = wb_limits(bs, wb);
+    SeqCacheLimits limits = wb_limits(wb);
     WriteBehindWork work = wb_work_locked(wb, &limits);
 
     if (work == WB_WORK_NONE) {
@@ -383,7 +383,7 @@ wb_next_request_locked(BlockDriverState *bs, WriteBehind *wb)
  * the request is in flight.
  */
 static void coroutine_fn GRAPH_RDLOCK
-wb_co_write_locked(BlockDriverState *bs, WriteBehind *wb, SeqCacheRequest *req)
+wb_co_write_locked(WriteBehind *wb, SeqCacheRequest *req)
 {
     int64_t end = req->offset + req->bytes;
     bool retry = wb->error;
@@ -398,12 +398,12 @@ wb_co_write_locked(BlockDriverState *bs, WriteBehind *wb, SeqCacheRequest *req)
     wb->nb_in_flight++;
     qemu_mutex_unlock(&wb->lock);
 
-    trace_wb_issue(bs, req->offset, req->bytes, req->niov, partial);
+    trace_wb_issue(wb->bs, req->offset, req->bytes, req->niov, partial);
 
-    if (bs->file) {
-        BLKDBG_CO_EVENT(bs->file, wb->event);
+    if (wb->bs->file) {
+        BLKDBG_CO_EVENT(wb->bs->file, wb->event);
         qemu_iovec_init_external(&qiov, req->iov, req->niov);
-        ret = bdrv_co_pwritev(bs->file, req->offset, req->bytes, &qiov, 0);
+        ret = bdrv_co_pwritev(wb->bs->file, req->offset, req->bytes, &qiov, 0);
     } else {
         ret = -ENOMEDIUM;
     }
@@ -413,12 +413,12 @@ wb_co_write_locked(BlockDriverState *bs, WriteBehind *wb, SeqCacheRequest *req)
     wb->stats.issued_requests++;
     wb->stats.partial_flushes += partial;
     if (ret < 0) {
-        trace_wb_error(bs, req->offset, req->bytes, ret);
+        trace_wb_error(wb->bs, req->offset, req->bytes, ret);
         wb->error = ret;
         wb->nb_failures++;
         wb->stats.errors++;
     } else {
-        trace_wb_complete(bs, req->offset, req->bytes);
+        trace_wb_complete(wb->bs, req->offset, req->bytes);
         wb->stats.issued_bytes += req->bytes;
         if (retry) {
             wb->error = 0;
@@ -435,9 +435,9 @@ static void coroutine_fn wb_co_worker(void *opaque);
  * with wb->lock held.
  */
 static void coroutine_fn GRAPH_RDLOCK
-wb_start_worker_locked(BlockDriverState *bs, WriteBehind *wb)
+wb_start_worker_locked(WriteBehind *wb)
 {
-    SeqCacheLimits limits = wb_limits(bs, wb);
+    SeqCacheLimits limits = wb_limits(wb);
 
     if (wb->worker_starting || wb->nb_workers >= WB_MAX_IN_FLIGHT ||
         wb->freed || wb->drained || wb->error || wb_is_settled_locked(wb) ||
@@ -447,7 +447,7 @@ wb_start_worker_locked(BlockDriverState *bs, WriteBehind *wb)
 
     wb->worker_starting = true;
     wb->nb_workers++;
-    bdrv_inc_in_flight(bs);
+    bdrv_inc_in_flight(wb->bs);
     aio_co_enter(qemu_get_current_aio_context(),
                  qemu_coroutine_create(wb_co_worker, wb));
 }
@@ -458,16 +458,16 @@ wb_start_worker_locked(BlockDriverState *bs, WriteBehind *wb)
  * with wb->lock held.
  */
 static void coroutine_fn GRAPH_RDLOCK
-wb_co_work_locked(BlockDriverState *bs, WriteBehind *wb)
+wb_co_work_locked(WriteBehind *wb)
 {
     SeqCacheRequest *req;
 
     while (!wb->freed && !wb->drained && !wb->error &&
            !wb_is_settled_locked(wb) &&
-           (req = wb_next_request_locked(bs, wb)) != NULL) {
+           (req = wb_next_request_locked(wb)) != NULL) {
         /* While this one is in flight, there may be work for another worker */
-        wb_start_worker_locked(bs, wb);
-        wb_co_write_locked(bs, wb, req);
+        wb_start_worker_locked(wb);
+        wb_co_write_locked(wb, req);
     }
 }
 
@@ -476,8 +476,9 @@ wb_co_work_locked(BlockDriverState *bs, WriteBehind *wb)
  * released.
  */
 static void coroutine_fn
-wb_end_worker_locked(BlockDriverState *bs, WriteBehind *wb)
+wb_end_worker_locked(WriteBehind *wb)
 {
+    BlockDriverState *bs = wb->bs;
     bool last;
 
     wb->nb_workers--;
@@ -494,26 +495,25 @@ wb_end_worker_locked(BlockDriverState *bs, WriteBehind *wb)
 static void coroutine_fn wb_co_worker(void *opaque)
 {
     WriteBehind *wb = opaque;
-    BlockDriverState *bs = wb->bs;
 
     qemu_mutex_lock(&wb->lock);
     wb->worker_starting = false;
     if (bdrv_graph_co_try_rdlock()) {
-        wb_co_work_locked(bs, wb);
+        wb_co_work_locked(wb);
         bdrv_graph_co_rdunlock();
     }
-    wb_end_worker_locked(bs, wb);
+    wb_end_worker_locked(wb);
 }
 
 /*
  * Whether the straggler may write: not while the node is drained or inactive,
  * or its image was found to be corrupt.  Called with wb->lock held.
  */
-static bool wb_straggler_can_run_locked(BlockDriverState *bs, WriteBehind *wb)
+static bool wb_straggler_can_run_locked(WriteBehind *wb)
 {
     return !wb->freed && !wb->abandoned && !wb->drained &&
            !wb_is_settled_locked(wb) &&
-           bs->drv && !(bs->open_flags & BDRV_O_INACTIVE) &&
+           wb->bs->drv && !(wb->bs->open_flags & BDRV_O_INACTIVE) &&
            (!wb->error || (wb->straggler_retry && !wb->nb_in_flight));
 }
 
@@ -521,7 +521,7 @@ static bool wb_straggler_can_run_locked(BlockDriverState *bs, WriteBehind *wb)
  * Returns: whether the straggler has nothing to do (any more); if so, it is no
  * longer wanted.  Called with wb->lock held.
  */
-static bool wb_straggler_is_done_locked(BlockDriverState *bs, WriteBehind *wb)
+static bool wb_straggler_is_done_locked(WriteBehind *wb)
 {
     if (!seqcache_is_flushed(wb->cache, wb->straggler_point)) {
         return false;
@@ -529,7 +529,7 @@ static bool wb_straggler_is_done_locked(BlockDriverState *bs, WriteBehind *wb)
     wb->straggler_wanted = false;
     if (wb->straggler_notify && !wb->freed) {
         wb->straggler_notify = false;
-        wb->written_out(bs);
+        wb->written_out(wb->bs);
     }
     return true;
 }
@@ -538,9 +538,9 @@ static bool wb_straggler_is_done_locked(BlockDriverState *bs, WriteBehind *wb)
  * The straggler is wanted, but cannot run now: try again later.  Called with
  * wb->lock held.
  */
-static void wb_rearm_timer_locked(BlockDriverState *bs, WriteBehind *wb)
+static void wb_rearm_timer_locked(WriteBehind *wb)
 {
-    if (bs->drv) {
+    if (wb->bs->drv) {
         wb_arm_timer_locked(wb, wb->max_age_ms);
     }
 }
@@ -564,11 +564,11 @@ void wb_drained_end(WriteBehind *wb)
  * Called with wb->lock held, which is released while a request is in flight.
  */
 static void coroutine_fn GRAPH_RDLOCK
-wb_co_straggle_locked(BlockDriverState *bs, WriteBehind *wb)
+wb_co_straggle_locked(WriteBehind *wb)
 {
-    while (wb_straggler_can_run_locked(bs, wb) &&
+    while (wb_straggler_can_run_locked(wb) &&
            !seqcache_is_flushed(wb->cache, wb->straggler_point)) {
-        SeqCacheLimits limits = wb_limits(bs, wb);
+        SeqCacheLimits limits = wb_limits(wb);
         SeqCacheRequest *req;
 
         limits.max_bytes = MIN(limits.max_bytes, WB_STRAGGLER_BYTES);
@@ -576,7 +576,7 @@ wb_co_straggle_locked(BlockDriverState *bs, WriteBehind *wb)
         req = seqcache_get_next_flush(wb->cache, &limits, true);
         wb->straggler_retry = false;
         if (req) {
-            wb_co_write_locked(bs, wb, req);
+            wb_co_write_locked(wb, req);
         } else {
             /* What is not flushed is in flight: others write it */
             qemu_co_queue_wait(&wb->waiters, &wb->lock);
@@ -587,20 +587,19 @@ wb_co_straggle_locked(BlockDriverState *bs, WriteBehind *wb)
 static void coroutine_fn wb_co_straggler(void *opaque)
 {
     WriteBehind *wb = opaque;
-    BlockDriverState *bs = wb->bs;
 
     qemu_mutex_lock(&wb->lock);
     if (bdrv_graph_co_try_rdlock()) {
-        wb_co_straggle_locked(bs, wb);
+        wb_co_straggle_locked(wb);
         bdrv_graph_co_rdunlock();
     }
     wb->has_straggler = false;
-    if (!wb_straggler_is_done_locked(bs, wb)) {
-        wb_rearm_timer_locked(bs, wb);
+    if (!wb_straggler_is_done_locked(wb)) {
+        wb_rearm_timer_locked(wb);
     } else if (!wb->timer_armed && !seqcache_is_clean(wb->cache)) {
         wb_arm_timer_locked(wb, wb->max_age_ms);
     }
-    wb_end_worker_locked(bs, wb);
+    wb_end_worker_locked(wb);
 }
 
 /*
@@ -609,7 +608,7 @@ static void coroutine_fn wb_co_straggler(void *opaque)
  *
  * Returns: whether it has to be started.  Called with wb->lock held.
  */
-static bool wb_timer_locked(BlockDriverState *bs, WriteBehind *wb)
+static bool wb_timer_locked(WriteBehind *wb)
 {
     int64_t now = qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
 
@@ -635,18 +634,18 @@ static bool wb_timer_locked(BlockDriverState *bs, WriteBehind *wb)
         wb->straggler_point = wb->age_point;
         wb->age_point = seqcache_flush_point(wb->cache);
     }
-    if (wb_straggler_is_done_locked(bs, wb)) {
+    if (wb_straggler_is_done_locked(wb)) {
         wb_arm_timer_locked(wb, wb->max_age_ms);
         return false;
     }
-    if (!wb_straggler_can_run_locked(bs, wb)) {
-        wb_rearm_timer_locked(bs, wb);
+    if (!wb_straggler_can_run_locked(wb)) {
+        wb_rearm_timer_locked(wb);
         return false;
     }
 
     wb->has_straggler = true;
     wb->nb_workers++;
-    bdrv_inc_in_flight(bs);
+    bdrv_inc_in_flight(wb->bs);
     return true;
 }
 
@@ -654,16 +653,15 @@ static bool wb_timer_locked(BlockDriverState *bs, WriteBehind *wb)
 static void wb_timer_cb(void *opaque)
 {
     WriteBehind *wb = opaque;
-    BlockDriverState *bs = wb->bs;
     bool start;
 
     GLOBAL_STATE_CODE();
 
     WITH_QEMU_LOCK_GUARD(&wb->lock) {
-        start = wb_timer_locked(bs, wb);
+        start = wb_timer_locked(wb);
     }
     if (start) {
-        aio_co_enter(bdrv_get_aio_context(bs),
+        aio_co_enter(bdrv_get_aio_context(wb->bs),
                      qemu_coroutine_create(wb_co_straggler, wb));
     }
 }
@@ -676,12 +674,12 @@ static void wb_timer_cb(void *opaque)
  * Returns: false if there was nothing to write and nothing in flight.
  */
 static bool coroutine_fn GRAPH_RDLOCK
-wb_co_step_locked(BlockDriverState *bs, WriteBehind *wb)
+wb_co_step_locked(WriteBehind *wb)
 {
-    SeqCacheRequest *req = wb_next_request_locked(bs, wb);
+    SeqCacheRequest *req = wb_next_request_locked(wb);
 
     if (req) {
-        wb_co_write_locked(bs, wb, req);
+        wb_co_write_locked(wb, req);
     } else if (wb->nb_in_flight) {
         qemu_co_queue_wait(&wb->waiters, &wb->lock);
     } else {
@@ -710,21 +708,22 @@ static bool wb_has_room_locked(WriteBehind *wb, uint64_t nb_clusters)
            wb->max_clusters;
 }
 
-int coroutine_fn wb_co_reserve(BlockDriverState *bs, WriteBehind *wb,
-                               uint64_t nb_clusters)
+/*
+ * What wb_co_reserve() does.  Called with wb->lock held, which is released
+ * while this waits.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+wb_co_reserve_locked(WriteBehind *wb, uint64_t nb_clusters)
 {
     WriteBehindReserver self;
-    uint64_t nb_failures;
+    uint64_t nb_failures = wb->nb_failures;
     int ret = 0;
 
     if (nb_clusters > wb->max_clusters) {
         return -EINVAL;
     }
 
-    qemu_mutex_lock(&wb->lock);
-    nb_failures = wb->nb_failures;
     QSIMPLEQ_INSERT_TAIL(&wb->reservers, &self, next);
-
     while (QSIMPLEQ_FIRST(&wb->reservers) != &self || wb->error ||
            !wb_has_room_locked(wb, nb_clusters)) {
         ret = wb_new_error_locked(wb, &nb_failures);
@@ -735,7 +734,7 @@ int coroutine_fn wb_co_reserve(BlockDriverState *bs, WriteBehind *wb,
             ret = -ECANCELED;
             break;
         }
-        if (wb_co_step_locked(bs, wb)) {
+        if (wb_co_step_locked(wb)) {
             continue;
         }
 
@@ -756,18 +755,30 @@ int coroutine_fn wb_co_reserve(BlockDriverState *bs, WriteBehind *wb,
     }
     QSIMPLEQ_REMOVE(&wb->reservers, &self, WriteBehindReserver, next);
     qemu_co_queue_restart_all(&wb->waiters);
-    qemu_mutex_unlock(&wb->lock);
-
     return ret;
+}
+
+int coroutine_fn wb_co_reserve(WriteBehind *wb, uint64_t nb_clusters)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    return wb_co_reserve_locked(wb, nb_clusters);
+}
+
+/* Called with wb->lock held */
+static void coroutine_fn
+wb_unreserve_locked(WriteBehind *wb, uint64_t nb_clusters)
+{
+    assert(wb->nb_reserved >= nb_clusters);
+    wb->nb_reserved -= nb_clusters;
+    qemu_co_queue_restart_all(&wb->waiters);
 }
 
 void coroutine_fn wb_unreserve(WriteBehind *wb, uint64_t nb_clusters)
 {
     QEMU_LOCK_GUARD(&wb->lock);
 
-    assert(wb->nb_reserved >= nb_clusters);
-    wb->nb_reserved -= nb_clusters;
-    qemu_co_queue_restart_all(&wb->waiters);
+    wb_unreserve_locked(wb, nb_clusters);
 }
 
 bool wb_continues(WriteBehind *wb, int64_t offset)
@@ -777,167 +788,157 @@ bool wb_continues(WriteBehind *wb, int64_t offset)
     return seqcache_continues(wb->cache, offset);
 }
 
-/* There is data that will be old one day.  Called with wb->lock held. */
-static void wb_start_timer_locked(WriteBehind *wb)
+/* @bytes were stored and will be old one day.  Called with wb->lock held. */
+static void wb_accepted_locked(WriteBehind *wb, int64_t bytes)
 {
+    wb->stats.accepted_bytes += bytes;
+    wb->stats.accepted_requests++;
     if (!wb->timer_armed) {
         wb->age_point = seqcache_flush_point(wb->cache);
         wb_arm_timer_locked(wb, wb->max_age_ms);
     }
 }
 
-/* Store a write if that is possible.  Called with wb->lock held. */
-static bool coroutine_fn GRAPH_RDLOCK
-wb_store_locked(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
-                int64_t bytes, const void *buf)
+/* Store a write that the cache takes.  Called with wb->lock held. */
+static void coroutine_fn GRAPH_RDLOCK
+wb_store_locked(WriteBehind *wb, int64_t offset, int64_t bytes,
+                QEMUIOVector *qiov, size_t qiov_offset)
 {
     SeqCacheStats stats;
-    bool ok = seqcache_can_write(wb->cache, offset, bytes);
 
-    trace_wb_accept(bs, offset, bytes, ok);
-    if (ok) {
-        seqcache_write(wb->cache, offset, bytes, buf);
-        seqcache_get_stats(wb->cache, &stats);
-        wb->stats.accepted_bytes += bytes;
-        wb->stats.accepted_requests++;
-        wb->stats.max_cached_bytes = MAX(wb->stats.max_cached_bytes,
-                                         stats.bytes_cached);
-        wb_start_timer_locked(wb);
-        wb_start_worker_locked(bs, wb);
-    }
-    return ok;
+    trace_wb_accept(wb->bs, offset, bytes, true);
+    seqcache_write(wb->cache, offset, bytes, qiov, qiov_offset);
+    seqcache_get_stats(wb->cache, &stats);
+    wb->stats.max_cached_bytes = MAX(wb->stats.max_cached_bytes,
+                                     stats.bytes_cached);
+    wb_accepted_locked(wb, bytes);
+    wb_start_worker_locked(wb);
 }
 
-bool coroutine_fn wb_accept(BlockDriverState *bs, WriteBehind *wb,
-                            uint64_t nb_clusters, int64_t offset,
-                            int64_t bytes, const void *buf)
-{
-    bool ok;
-
-    QEMU_LOCK_GUARD(&wb->lock);
-
-    assert(wb->nb_reserved >= nb_clusters);
-    wb->nb_reserved -= nb_clusters;
-
-    ok = wb_store_locked(bs, wb, offset, bytes, buf);
-    qemu_co_queue_restart_all(&wb->waiters);
-
-    return ok;
-}
-
-bool coroutine_fn wb_append(BlockDriverState *bs, WriteBehind *wb,
+bool coroutine_fn wb_accept(WriteBehind *wb, uint64_t nb_clusters,
                             int64_t offset, int64_t bytes, const void *buf)
 {
+    QEMUIOVector qiov = QEMU_IOVEC_INIT_BUF(qiov, buf, bytes);
+
     QEMU_LOCK_GUARD(&wb->lock);
 
-    /* In case of an error, wb_co_reserve() is where it is dealt with */
-    if (wb->error || !seqcache_continues(wb->cache, offset) ||
-        bytes > wb->cluster_size - offset % wb->cluster_size)
-    {
+    wb_unreserve_locked(wb, nb_clusters);
+    if (!seqcache_can_write(wb->cache, offset, bytes)) {
+        trace_wb_accept(wb->bs, offset, bytes, false);
         return false;
     }
-    return wb_store_locked(bs, wb, offset, bytes, buf);
+    wb_store_locked(wb, offset, bytes, &qiov, 0);
+    return true;
 }
 
-int64_t coroutine_fn wb_overwrite(BlockDriverState *bs, WriteBehind *wb,
-                                  int64_t offset, int64_t bytes,
-                                  const void *buf)
+int64_t coroutine_fn wb_co_write(WriteBehind *wb, int64_t offset, int64_t bytes,
+                                 QEMUIOVector *qiov, size_t qiov_offset,
+                                 bool may_begin)
 {
-    int64_t done;
+    int64_t n = MIN(bytes, wb->cluster_size - offset % wb->cluster_size);
+    int ret;
 
     QEMU_LOCK_GUARD(&wb->lock);
 
-    done = seqcache_overwrite(wb->cache, offset, bytes, buf);
-    if (done) {
-        trace_wb_overwrite(bs, offset, bytes, done);
-        wb->stats.accepted_bytes += done;
-        wb->stats.accepted_requests++;
-        wb_start_timer_locked(wb);
+    if (!seqcache_continues(wb->cache, offset)) {
+        int64_t done = seqcache_overwrite(wb->cache, offset, n, qiov,
+                                          qiov_offset);
+
+        if (done) {
+            trace_wb_overwrite(wb->bs, offset, n, done);
+            wb_accepted_locked(wb, done);
+        }
+        if (done || !may_begin || !seqcache_gap(wb->cache, offset, 1)) {
+            return done;
+        }
+    } else if (!wb->error) {
+        wb_store_locked(wb, offset, n, qiov, qiov_offset);
+        return n;
     }
-    return done;
+
+    /* A stream begins; or it continues, and the writer learns of the error */
+    ret = wb_co_reserve_locked(wb, 1);
+    if (ret < 0) {
+        return ret;
+    }
+    wb_unreserve_locked(wb, 1);
+    if (!seqcache_can_write(wb->cache, offset, n)) {
+        trace_wb_accept(wb->bs, offset, n, false);
+        return 0;
+    }
+    wb_store_locked(wb, offset, n, qiov, qiov_offset);
+    return n;
 }
 
 /*
  * Read what is cached, append the rest to @gaps.  Called with wb->lock held.
+ *
+ * Returns: how many bytes were found.
  */
-static void wb_read_cached_locked(WriteBehind *wb, int64_t offset,
-                                  int64_t bytes, QEMUIOVector *qiov,
-                                  size_t qiov_offset, GArray *gaps)
+static int64_t wb_read_cached_locked(WriteBehind *wb, int64_t offset,
+                                     int64_t bytes, QEMUIOVector *qiov,
+                                     size_t qiov_offset, GArray *gaps)
 {
-    struct iovec *iov = qiov->iov;
-    int64_t cached_end = -1; /* of the last bytes found, as an offset */
-    int64_t done = 0;
+    WriteBehindGap gap = { .start = 0 };
+    int64_t found = 0;
 
-    while (done < bytes) {
-        WriteBehindGap *last = gaps->len ?
-            &g_array_index(gaps, WriteBehindGap, gaps->len - 1) : NULL;
-        WriteBehindGap gap = { .start = done };
-        uint8_t *buf;
-        int64_t len, rest;
+    while (gap.start < bytes) {
+        int64_t pos = offset + gap.start;
+        int64_t n = seqcache_read(wb->cache, pos, bytes - gap.start, qiov,
+                                  qiov_offset + gap.start);
 
-        if (qiov_offset >= iov->iov_len) {
-            qiov_offset -= iov->iov_len;
-            iov++;
-            continue;
-        }
-
-        buf = (uint8_t *)iov->iov_base + qiov_offset;
-        len = MIN(iov->iov_len - qiov_offset, bytes - done);
-        gap.bytes = seqcache_gap(wb->cache, offset + done, len);
-        rest = (offset + done) % wb->cluster_size;
-        if (!gap.bytes) {
-            len = seqcache_read(wb->cache, offset + done, len, buf);
-            cached_end = offset + done + len;
-        } else if (wb->pad && cached_end == offset + done && rest) {
+        found += n;
+        gap.start += n;
+        pos += n;
+        gap.bytes = seqcache_gap(wb->cache, pos, bytes - gap.start);
+        if (wb->pad && n && pos % wb->cluster_size) {
             /* Nobody stores anything between a stream and its cluster's end */
-            len = MIN(gap.bytes, wb->cluster_size - rest);
-            memset(buf, 0, len);
-            cached_end += len;
-        } else if (last && last->start + last->bytes == done) {
-            last->bytes += gap.bytes;
-            len = gap.bytes;
-        } else {
-            g_array_append_val(gaps, gap);
-            len = gap.bytes;
+            int64_t rest = wb->cluster_size - pos % wb->cluster_size;
+
+            n = MIN(gap.bytes, rest);
+            qemu_iovec_memset(qiov, qiov_offset + gap.start, 0, n);
+            found += n;
+            gap.start += n;
+            gap.bytes -= n;
         }
-        done += len;
-        qiov_offset += len;
+        if (gap.bytes) {
+            g_array_append_val(gaps, gap);
+            gap.start += gap.bytes;
+        }
     }
+    return found;
 }
 
-int coroutine_fn wb_co_preadv_part(BlockDriverState *bs, WriteBehind *wb,
+int coroutine_fn wb_co_preadv_part(WriteBehind *wb,
                                    int64_t offset, int64_t bytes,
                                    QEMUIOVector *qiov, size_t qiov_offset,
                                    BdrvRequestFlags flags)
 {
     g_autoptr(GArray) gaps = NULL;
-    int64_t missing = 0;
     int ret;
 
     WITH_QEMU_LOCK_GUARD(&wb->lock) {
         if (seqcache_gap(wb->cache, offset, bytes) < bytes) {
             gaps = g_array_new(false, false, sizeof(WriteBehindGap));
-            wb_read_cached_locked(wb, offset, bytes, qiov, qiov_offset, gaps);
-            for (guint i = 0; i < gaps->len; i++) {
-                missing += g_array_index(gaps, WriteBehindGap, i).bytes;
-            }
             wb->stats.read_hits++;
-            wb->stats.read_hit_bytes += bytes - missing;
+            wb->stats.read_hit_bytes +=
+                wb_read_cached_locked(wb, offset, bytes, qiov, qiov_offset,
+                                      gaps);
         }
     }
 
-    if ((!gaps || gaps->len) && !bs->file) {
+    if ((!gaps || gaps->len) && !wb->bs->file) {
         return -ENOMEDIUM;
     }
     if (!gaps) {
-        return bdrv_co_preadv_part(bs->file, offset, bytes, qiov, qiov_offset,
-                                   flags);
+        return bdrv_co_preadv_part(wb->bs->file, offset, bytes, qiov,
+                                   qiov_offset, flags);
     }
 
     for (guint i = 0; i < gaps->len; i++) {
         WriteBehindGap *gap = &g_array_index(gaps, WriteBehindGap, i);
 
-        ret = bdrv_co_preadv_part(bs->file, offset + gap->start, gap->bytes,
+        ret = bdrv_co_preadv_part(wb->bs->file, offset + gap->start, gap->bytes,
                                   qiov, qiov_offset + gap->start, flags);
         if (ret < 0) {
             return ret;
@@ -945,13 +946,6 @@ int coroutine_fn wb_co_preadv_part(BlockDriverState *bs, WriteBehind *wb,
     }
 
     return 0;
-}
-
-bool wb_is_cached(WriteBehind *wb, int64_t offset, int64_t bytes)
-{
-    QEMU_LOCK_GUARD(&wb->lock);
-
-    return seqcache_gap(wb->cache, offset, bytes) < bytes;
 }
 
 int64_t wb_gap(WriteBehind *wb, int64_t offset, int64_t bytes)
@@ -980,39 +974,48 @@ void wb_end_streams(WriteBehind *wb)
 }
 
 /*
- * Write out everything that is cached now; or, if @bytes is not 0, stop earlier
- * when nothing of the range is cached any more.  Called with wb->lock held.
+ * Write out what was cached at the flush point @point, while @callers, which is
+ * wb->nb_flushing or wb->nb_settling, counts this caller.  Stops earlier when
+ * nothing of a range is cached any more, if @bytes is not 0, or when one
+ * request is done, if @one.  Called with wb->lock held.
+ *
+ * Returns: 0; 1 if it stopped because of @one; or the negative errno of a
+ * failed write.
  */
 static int coroutine_fn GRAPH_RDLOCK
-wb_co_flush_locked(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
-                   int64_t bytes)
+wb_co_write_point_locked(WriteBehind *wb, uint64_t point, unsigned *callers,
+                         int64_t offset, int64_t bytes, bool one)
 {
     uint64_t nb_failures = wb->nb_failures;
-    uint64_t point = seqcache_flush_point(wb->cache);
+    uint64_t issued = wb->stats.issued_requests;
     int ret = 0;
 
-    wb->nb_flushing++;
+    (*callers)++;
     if (!seqcache_is_flushed(wb->cache, point)) {
-        wb_start_worker_locked(bs, wb);
+        wb_start_worker_locked(wb);
     }
 
     while (!seqcache_is_flushed(wb->cache, point) &&
            (!bytes || seqcache_gap(wb->cache, offset, bytes) < bytes)) {
         ret = wb_new_error_locked(wb, &nb_failures);
-        if (ret < 0) {
-            break;
-        }
-        if (wb->abandoned) {
+        if (ret == 0 && wb->abandoned) {
             ret = -ECANCELED;
+        }
+        if (ret == 0 && one && wb->stats.issued_requests != issued) {
+            ret = 1;
+        }
+        if (ret != 0) {
             break;
         }
-        if (!wb_co_step_locked(bs, wb)) {
-            /* What is not flushed is in flight or can be handed out */
-            g_assert_not_reached();
+        if (!wb_co_step_locked(wb)) {
+            /* What is not flushed is in flight or, if not settled, comes out */
+            assert(one);
+            ret = 1;
+            break;
         }
     }
 
-    wb->nb_flushing--;
+    (*callers)--;
     return ret;
 }
 
@@ -1020,18 +1023,16 @@ int coroutine_fn wb_co_flush(BlockDriverState *bs, WriteBehind *wb)
 {
     QEMU_LOCK_GUARD(&wb->lock);
 
-    return wb_co_flush_locked(bs, wb, 0, 0);
+    return wb_co_write_point_locked(wb, seqcache_flush_point(wb->cache),
+                                    &wb->nb_flushing, 0, 0, false);
 }
 
 /*
  * Write out a part of what was cached when this was first called since it has
  * returned 0.  Called with wb->lock held.
  */
-static int coroutine_fn GRAPH_RDLOCK
-wb_co_settle_write_locked(BlockDriverState *bs, WriteBehind *wb)
+static int coroutine_fn GRAPH_RDLOCK wb_co_settle_write_locked(WriteBehind *wb)
 {
-    uint64_t nb_failures = wb->nb_failures;
-    uint64_t issued = wb->stats.issued_requests;
     int ret;
 
     if (wb->abandoned) {
@@ -1043,25 +1044,10 @@ wb_co_settle_write_locked(BlockDriverState *bs, WriteBehind *wb)
     }
     wb->settled_until = 0;
 
-    if (!seqcache_is_flushed(wb->cache, wb->settle_point)) {
-        wb->nb_settling++;
-        wb_start_worker_locked(bs, wb);
-        while (wb->stats.issued_requests == issued &&
-               wb_co_step_locked(bs, wb)) {
-            /* Until one of the requests is done, whoever makes it */
-        }
-        wb->nb_settling--;
-
-        ret = wb_new_error_locked(wb, &nb_failures);
-        if (ret < 0) {
-            return ret;
-        }
-        if (!seqcache_is_flushed(wb->cache, wb->settle_point)) {
-            return 1;
-        }
-    }
-    wb->settle_write = false;
-    return 0;
+    ret = wb_co_write_point_locked(wb, wb->settle_point, &wb->nb_settling, 0, 0,
+                                   true);
+    wb->settle_write = ret != 0;
+    return ret;
 }
 
 /* The cache is settled for @ms milliseconds.  Called with wb->lock held. */
@@ -1078,14 +1064,14 @@ void wb_cancel_in_flight(WriteBehind *wb)
     wb_settle_locked(wb, WB_CANCELLED_MS);
 }
 
-int coroutine_fn wb_co_settle(BlockDriverState *bs, WriteBehind *wb,
+int coroutine_fn wb_co_settle(WriteBehind *wb,
                               BdrvSettleMode mode)
 {
     QEMU_LOCK_GUARD(&wb->lock);
 
-    trace_wb_settle(bs, mode, seqcache_is_clean(wb->cache));
+    trace_wb_settle(wb->bs, mode, seqcache_is_clean(wb->cache));
     if (mode == BDRV_SETTLE_WRITE) {
-        return wb_co_settle_write_locked(bs, wb);
+        return wb_co_settle_write_locked(wb);
     }
 
     wb_settle_locked(wb, wb->settled_ms);
@@ -1111,7 +1097,7 @@ void wb_start_write_out(WriteBehind *wb)
     wb_arm_timer_locked(wb, 0);
 }
 
-int coroutine_fn wb_co_write_out(BlockDriverState *bs, WriteBehind *wb,
+int coroutine_fn wb_co_write_out(WriteBehind *wb,
                                  int64_t offset, int64_t bytes)
 {
     QEMU_LOCK_GUARD(&wb->lock);
@@ -1125,16 +1111,17 @@ int coroutine_fn wb_co_write_out(BlockDriverState *bs, WriteBehind *wb,
     if (bytes > 16 * wb->cluster_size) {
         bytes = 0;
     }
-    return wb_co_flush_locked(bs, wb, offset, bytes);
+    return wb_co_write_point_locked(wb, seqcache_flush_point(wb->cache),
+                                    &wb->nb_flushing, offset, bytes, false);
 }
 
-void coroutine_fn wb_drop_written(BlockDriverState *bs, WriteBehind *wb,
+void coroutine_fn wb_drop_written(WriteBehind *wb,
                                   int64_t offset, int64_t bytes)
 {
     QEMU_LOCK_GUARD(&wb->lock);
 
     while (seqcache_drop_written(wb->cache, offset, bytes,
-                                 wb_limits(bs, wb).align))
+                                 wb_limits(wb).align))
     {
         qemu_co_queue_wait(&wb->waiters, &wb->lock);
     }
@@ -1152,10 +1139,10 @@ void coroutine_fn wb_co_discard(BlockDriverState *bs, WriteBehind *wb,
     QEMU_LOCK_GUARD(&wb->lock);
 
     while (seqcache_discard(wb->cache, offset, bytes)) {
-        trace_wb_discard_wait(bs, offset, bytes);
+        trace_wb_discard_wait(wb->bs, offset, bytes);
         qemu_co_queue_wait(&wb->waiters, &wb->lock);
     }
-    trace_wb_discard(bs, offset, bytes);
+    trace_wb_discard(wb->bs, offset, bytes);
     /* There may be room now */
     qemu_co_queue_restart_all(&wb->waiters);
 }
@@ -1171,7 +1158,7 @@ BlockStatsWriteBehind *wb_get_stats(WriteBehind *wb)
     *stats = wb->stats;
     stats->cache_size = wb_cache_size(wb);
     stats->cached_bytes = cache_stats.bytes_cached;
-    stats->unwritten_bytes = seqcache_bytes_unwritten(wb->cache);
+    stats->unwritten_bytes = cache_stats.bytes_unwritten;
 
     return stats;
 }

@@ -22,6 +22,7 @@
 
 #include "qemu/osdep.h"
 #include "qemu/host-utils.h"
+#include "qemu/iov.h"
 #include "qemu/memalign.h"
 #include "qemu/seqcache.h"
 
@@ -118,8 +119,9 @@ struct SeqCache {
     /* The number that the next cluster or flush point gets */
     uint64_t next_seq;
 
-    int64_t bytes_cached; /* in runs, except those of doomed clusters */
-    int64_t bytes_ready;  /* in @ready, to be written out */
+    int64_t bytes_cached;    /* in runs, except those of doomed clusters */
+    int64_t bytes_unwritten; /* of these: from SeqCluster.flushed on */
+    int64_t bytes_ready;     /* of these: in @ready */
 
     /*
      * What seqcache_next_flush_bytes() found, and for which limits, so that it
@@ -140,17 +142,15 @@ static inline uint32_t offset_in_cluster(const SeqCache *s, int64_t offset)
     return offset & (s->cluster_size - 1);
 }
 
-/* The number of clusters that a range touches; @bytes must not be 0 */
-static int64_t clusters_in_range(const SeqCache *s, int64_t offset,
-                                 int64_t bytes)
-{
-    return ((offset + bytes - 1) >> s->cluster_bits) -
-           (offset >> s->cluster_bits) + 1;
-}
-
-static void check_range(int64_t offset, int64_t bytes)
+/* The index after that of the last cluster that a range touches */
+static inline int64_t range_end(const SeqCache *s, int64_t offset,
+                                int64_t bytes)
 {
     assert(offset >= 0 && bytes >= 0 && bytes <= INT64_MAX - offset);
+
+    return (offset >> s->cluster_bits) +
+           (bytes ? ((offset_in_cluster(s, offset) + bytes - 1) >>
+                     s->cluster_bits) + 1 : 0);
 }
 
 static inline SeqCluster *cluster_find(const SeqCache *s, int64_t index)
@@ -237,12 +237,16 @@ static SeqCluster *cluster_new(SeqCache *s, int64_t offset)
     return c;
 }
 
-/* Remove a cluster that is in no list from the cache */
+/* Its bytes no longer count */
+static void cluster_forget(SeqCache *s, const SeqCluster *c)
+{
+    s->bytes_cached -= c->end - c->begin;
+    s->bytes_unwritten -= c->end - c->flushed;
+}
+
+/* Remove a forgotten cluster that is in no list from the cache */
 static void cluster_free(SeqCache *s, SeqCluster *c)
 {
-    if (!c->doomed) {
-        s->bytes_cached -= c->end - c->begin;
-    }
     g_hash_table_remove(s->clusters, c);
     g_queue_push_tail_link(&s->free, &c->link);
 
@@ -291,77 +295,96 @@ static void cluster_finish(SeqCache *s, SeqCluster *c)
         /* Only clusters that were begun since are passed on the way */
         ready_insert(s, c, s->ready.tail);
     } else {
+        cluster_forget(s, c);
         cluster_free(s, c);
     }
 }
 
 /*
- * Find the cluster with the lowest index in a range, if there is any.  Doomed
- * ones are passed over unless @doomed.
+ * The clusters that a range touches, from its start on: an iterator.  The cost
+ * is that of the range or that of the cache, whichever has fewer clusters; in
+ * the latter case there is no order (@sorted is false).
  */
-static SeqCluster *range_first(const SeqCache *s, int64_t first, int64_t count,
-                               bool doomed)
-{
-    SeqCluster *found = NULL;
+typedef struct SeqRange {
+    const SeqCache *s;
+    int64_t next; /* index of a cluster */
+    int64_t end;
+    bool sorted;
     GHashTableIter iter;
-    gpointer key;
-    int64_t i;
+} SeqRange;
 
-    if (count <= g_hash_table_size(s->clusters)) {
-        for (i = 0; i < count; i++) {
-            SeqCluster *c = cluster_find(s, first + i);
+static SeqRange range_new(const SeqCache *s, int64_t first, int64_t end)
+{
+    SeqRange r = {
+        .s = s,
+        .next = first,
+        .end = end,
+        .sorted = end - first <= g_hash_table_size(s->clusters),
+    };
 
-            if (c && (doomed || !c->doomed)) {
-                return c;
-            }
-        }
-        return NULL;
+    if (!r.sorted) {
+        g_hash_table_iter_init(&r.iter, s->clusters);
     }
+    return r;
+}
 
-    g_hash_table_iter_init(&iter, s->clusters);
-    while (g_hash_table_iter_next(&iter, &key, NULL)) {
+/* No cluster may enter or leave the cache before the next call */
+static SeqCluster *range_next(SeqRange *r)
+{
+    gpointer key;
+
+    while (r->sorted && r->next < r->end) {
+        SeqCluster *c = cluster_find(r->s, r->next++);
+
+        if (c) {
+            return c;
+        }
+    }
+    while (!r->sorted && g_hash_table_iter_next(&r->iter, &key, NULL)) {
         SeqCluster *c = key;
 
-        if (c->index >= first && c->index - first < count &&
-            (doomed || !c->doomed) && (!found || c->index < found->index)) {
+        if (c->index >= r->next && c->index < r->end) {
+            return c;
+        }
+    }
+    return NULL;
+}
+
+/* The cluster with the lowest index in a range, if there is any */
+static SeqCluster *range_first(const SeqCache *s, int64_t first, int64_t end,
+                               bool doomed)
+{
+    SeqRange r = range_new(s, first, end);
+    SeqCluster *c, *found = NULL;
+
+    while (!(found && r.sorted) && (c = range_next(&r))) {
+        if ((doomed || !c->doomed) && (!found || c->index < found->index)) {
             found = c;
         }
     }
     return found;
 }
 
-bool seqcache_can_write(const SeqCache *s, int64_t offset, int64_t bytes)
-{
-    SeqCluster *c;
-
-    check_range(offset, bytes);
-    if (!bytes) {
-        return true;
-    }
-
-    c = cluster_find(s, offset >> s->cluster_bits);
-    if (c && !(c->unfinished && c->end == offset_in_cluster(s, offset))) {
-        return false;
-    }
-    return !range_first(s, (offset >> s->cluster_bits) + 1,
-                        clusters_in_range(s, offset, bytes) - 1, true);
-}
-
 bool seqcache_continues(const SeqCache *s, int64_t offset)
 {
-    SeqCluster *c;
+    SeqCluster *c = cluster_find(s, offset >> s->cluster_bits);
 
-    check_range(offset, 0);
-    c = cluster_find(s, offset >> s->cluster_bits);
     return c && c->unfinished && c->end == offset_in_cluster(s, offset);
 }
 
-void seqcache_write(SeqCache *s, int64_t offset, int64_t bytes,
-                    const void *buf)
+bool seqcache_can_write(const SeqCache *s, int64_t offset, int64_t bytes)
 {
-    const uint8_t *src = buf;
+    int64_t first = offset >> s->cluster_bits;
+    int64_t end = range_end(s, offset, bytes);
 
-    check_range(offset, bytes);
+    return !bytes ||
+           ((!cluster_find(s, first) || seqcache_continues(s, offset)) &&
+            !range_first(s, first + 1, end, true));
+}
+
+void seqcache_write(SeqCache *s, int64_t offset, int64_t bytes,
+                    QEMUIOVector *qiov, size_t qiov_offset)
+{
     while (bytes) {
         uint32_t pos = offset_in_cluster(s, offset);
         uint32_t n = MIN(bytes, s->cluster_size - pos);
@@ -372,9 +395,10 @@ void seqcache_write(SeqCache *s, int64_t offset, int64_t bytes,
         }
         assert(c->unfinished && c->end == pos);
 
-        memcpy(c->buf + pos, src, n);
+        qemu_iovec_to_buf(qiov, qiov_offset, c->buf + pos, n);
         c->end += n;
         s->bytes_cached += n;
+        s->bytes_unwritten += n;
 
         if (c->end == s->cluster_size) {
             cluster_finish(s, c);
@@ -383,31 +407,39 @@ void seqcache_write(SeqCache *s, int64_t offset, int64_t bytes,
         }
 
         offset += n;
-        src += n;
+        qiov_offset += n;
         bytes -= n;
     }
 }
 
-int64_t seqcache_overwrite(SeqCache *s, int64_t offset, int64_t bytes,
-                           const void *buf)
+/* How many bytes from @offset on are cached in @c, which can be NULL */
+static uint32_t cluster_cached(const SeqCache *s, const SeqCluster *c,
+                               int64_t offset)
 {
-    const uint8_t *src = buf;
+    uint32_t pos = offset_in_cluster(s, offset);
+
+    return c && !c->doomed && pos >= c->begin && pos < c->end ?
+           c->end - pos : 0;
+}
+
+int64_t seqcache_overwrite(SeqCache *s, int64_t offset, int64_t bytes,
+                           QEMUIOVector *qiov, size_t qiov_offset)
+{
     int64_t done = 0;
 
-    check_range(offset, bytes);
     while (done < bytes) {
         uint32_t pos = offset_in_cluster(s, offset + done);
         SeqCluster *c = cluster_find(s, (offset + done) >> s->cluster_bits);
-        uint32_t n;
+        uint32_t n = MIN(bytes - done, cluster_cached(s, c, offset + done));
 
-        if (!c || c->in_flight || pos < c->begin || pos >= c->end) {
+        if (!n || c->in_flight) {
             break;
         }
-        n = MIN(bytes - done, c->end - pos);
-        memcpy(c->buf + pos, src + done, n);
+        qemu_iovec_to_buf(qiov, qiov_offset + done, c->buf + pos, n);
         done += n;
 
         if (pos < c->flushed) {
+            s->bytes_unwritten += c->flushed - pos;
             if (!c->unfinished) {
                 s->bytes_ready += c->flushed - pos;
                 s->ahead.first = NULL;
@@ -422,22 +454,19 @@ int64_t seqcache_overwrite(SeqCache *s, int64_t offset, int64_t bytes,
 }
 
 int64_t seqcache_read(const SeqCache *s, int64_t offset, int64_t bytes,
-                      void *buf)
+                      QEMUIOVector *qiov, size_t qiov_offset)
 {
-    uint8_t *dst = buf;
     int64_t done = 0;
 
-    check_range(offset, bytes);
     while (done < bytes) {
         uint32_t pos = offset_in_cluster(s, offset + done);
         SeqCluster *c = cluster_find(s, (offset + done) >> s->cluster_bits);
-        uint32_t n;
+        uint32_t n = MIN(bytes - done, cluster_cached(s, c, offset + done));
 
-        if (!c || c->doomed || pos < c->begin || pos >= c->end) {
+        if (!n) {
             break;
         }
-        n = MIN(bytes - done, c->end - pos);
-        memcpy(dst + done, c->buf + pos, n);
+        qemu_iovec_from_buf(qiov, qiov_offset + done, c->buf + pos, n);
         done += n;
     }
     return done;
@@ -446,18 +475,14 @@ int64_t seqcache_read(const SeqCache *s, int64_t offset, int64_t bytes,
 int64_t seqcache_gap(const SeqCache *s, int64_t offset, int64_t bytes)
 {
     int64_t index = offset >> s->cluster_bits;
-    int64_t count;
-    SeqCluster *c;
+    int64_t end = range_end(s, offset, bytes);
+    SeqCluster *c = cluster_find(s, index);
 
-    check_range(offset, bytes);
     if (!bytes) {
         return 0;
     }
-
-    count = clusters_in_range(s, offset, bytes);
-    c = cluster_find(s, index);
     if (!c || c->doomed || offset_in_cluster(s, offset) >= c->end) {
-        c = range_first(s, index + 1, count - 1, false);
+        c = range_first(s, index + 1, end, false);
         if (!c) {
             return bytes;
         }
@@ -479,20 +504,14 @@ bool seqcache_finish_oldest(SeqCache *s)
 void seqcache_finish(SeqCache *s, int64_t offset, int64_t bytes)
 {
     int64_t first = offset >> s->cluster_bits;
+    int64_t end = range_end(s, offset, bytes);
     GList *link, *next;
-    int64_t count;
 
-    check_range(offset, bytes);
-    if (!bytes) {
-        return;
-    }
-
-    count = clusters_in_range(s, offset, bytes);
     for (link = s->unfinished.head; link; link = next) {
         SeqCluster *c = link->data;
 
         next = link->next;
-        if (c->index >= first && c->index - first < count) {
+        if (c->index >= first && c->index < end) {
             cluster_finish(s, c);
         }
     }
@@ -500,16 +519,7 @@ void seqcache_finish(SeqCache *s, int64_t offset, int64_t bytes)
 
 bool seqcache_is_clean(const SeqCache *s)
 {
-    GList *link;
-
-    for (link = s->unfinished.head; link; link = link->next) {
-        const SeqCluster *c = link->data;
-
-        if (c->flushed < c->end) {
-            return false;
-        }
-    }
-    return !s->ready.length && !s->requests.length;
+    return !s->bytes_unwritten && !s->requests.length;
 }
 
 uint64_t seqcache_flush_point(SeqCache *s)
@@ -681,7 +691,8 @@ static SeqCluster *flush_first(const SeqCache *s, bool unfinished)
 static SeqRequest *request_new(SeqCache *s, const SeqRun *run, int64_t start,
                                int64_t end)
 {
-    unsigned i, n = clusters_in_range(s, start, end - start);
+    unsigned i, n = range_end(s, start, end - start) -
+                    (start >> s->cluster_bits);
     SeqRequest *r = g_malloc(sizeof(*r) + n * sizeof(r->clusters[0]));
     SeqCluster *c = run->first;
     struct iovec *iov = NULL;
@@ -695,9 +706,10 @@ static SeqRequest *request_new(SeqCache *s, const SeqRun *run, int64_t start,
     };
     g_queue_push_tail_link(&s->requests, &r->link);
 
-    for (i = 0; i < n; i++, c = cluster_next(s, c)) {
+    for (i = 0; i < n; i++) {
         uint32_t pos = offset_in_cluster(s, start);
         uint32_t bytes = MIN(end - start, s->cluster_size - pos);
+        SeqCluster *next = cluster_next(s, c);
 
         if (pos + bytes > pending_end(c)) {
             memset(c->buf + c->end, 0, pos + bytes - c->end);
@@ -711,15 +723,13 @@ static SeqRequest *request_new(SeqCache *s, const SeqRun *run, int64_t start,
         }
         r->clusters[i] = c;
         start += bytes;
-    }
 
-    for (i = 0; i < n; i++) {
-        c = r->clusters[i];
         c->in_flight = true;
         c->point_in_flight = 0;
         if (!c->unfinished) {
             ready_remove(s, c);
         }
+        c = next;
     }
     return r;
 }
@@ -784,16 +794,27 @@ void seqcache_complete(SeqCache *s, SeqCacheRequest *req, bool success)
         SeqCluster *c = r->clusters[i];
 
         c->in_flight = false;
+        if (c->doomed) {
+            cluster_free(s, c);
+            continue;
+        }
         if (success) {
             /* Padding may reach beyond the run, a run beyond the request */
-            c->flushed = MIN(c->end, req->offset + req->bytes -
-                                     cluster_offset(s, c));
+            uint32_t flushed = MIN(c->end, req->offset + req->bytes -
+                                           cluster_offset(s, c));
+
+            s->bytes_unwritten -= flushed - c->flushed;
+            c->flushed = flushed;
             c->point = c->point_in_flight;
         }
 
-        if (c->doomed || (!c->unfinished && c->flushed == c->end)) {
+        if (c->unfinished) {
+            continue;
+        }
+        if (c->flushed == c->end) {
+            cluster_forget(s, c);
             cluster_free(s, c);
-        } else if (!c->unfinished) {
+        } else {
             ready_insert(s, c, hint);
             hint = &c->link;
         }
@@ -803,59 +824,36 @@ void seqcache_complete(SeqCache *s, SeqCacheRequest *req, bool success)
     g_free(r);
 }
 
-/* Returns: true if the cluster is in flight */
-static bool cluster_discard(SeqCache *s, SeqCluster *c)
-{
-    if (c->doomed) {
-        return true;
-    }
-
-    if (c->unfinished) {
-        g_queue_unlink(&s->unfinished, &c->link);
-        c->unfinished = false;
-    } else if (!c->in_flight) {
-        ready_remove(s, c);
-    }
-
-    if (c->in_flight) {
-        s->bytes_cached -= c->end - c->begin;
-        c->doomed = true;
-        return true;
-    }
-    cluster_free(s, c);
-    return false;
-}
-
 bool seqcache_discard(SeqCache *s, int64_t offset, int64_t bytes)
 {
-    int64_t first = offset >> s->cluster_bits;
+    SeqRange r = range_new(s, offset >> s->cluster_bits,
+                           range_end(s, offset, bytes));
+    GQueue dropped = G_QUEUE_INIT;
     bool in_flight = false;
-    int64_t count, i;
+    SeqCluster *c;
+    GList *link;
 
-    check_range(offset, bytes);
-    if (!bytes) {
-        return false;
+    while ((c = range_next(&r))) {
+        in_flight |= c->in_flight;
+        if (c->doomed) {
+            continue;
+        }
+
+        cluster_forget(s, c);
+        if (c->unfinished) {
+            g_queue_unlink(&s->unfinished, &c->link);
+            c->unfinished = false;
+        } else if (!c->in_flight) {
+            ready_remove(s, c);
+        }
+        c->doomed = c->in_flight;
+        if (!c->in_flight) {
+            g_queue_push_tail_link(&dropped, &c->link);
+        }
     }
 
-    count = clusters_in_range(s, offset, bytes);
-    if (count <= g_hash_table_size(s->clusters)) {
-        for (i = 0; i < count; i++) {
-            SeqCluster *c = cluster_find(s, first + i);
-
-            in_flight |= c && cluster_discard(s, c);
-        }
-    } else {
-        guint n;
-        g_autofree gpointer *all =
-            g_hash_table_get_keys_as_array(s->clusters, &n);
-
-        for (i = 0; i < n; i++) {
-            SeqCluster *c = all[i];
-
-            if (c->index >= first && c->index - first < count) {
-                in_flight |= cluster_discard(s, c);
-            }
-        }
+    while ((link = g_queue_pop_head_link(&dropped))) {
+        cluster_free(s, link->data);
     }
     return in_flight;
 }
@@ -863,40 +861,25 @@ bool seqcache_discard(SeqCache *s, int64_t offset, int64_t bytes)
 bool seqcache_drop_written(SeqCache *s, int64_t offset, int64_t bytes,
                            int64_t align)
 {
-    int64_t first = offset >> s->cluster_bits;
-    int64_t count;
+    SeqRange r;
     bool in_flight = false;
-    GHashTableIter iter;
-    gpointer key;
+    SeqCluster *c;
 
     seqcache_finish(s, offset, bytes);
-    if (!bytes) {
-        return false;
-    }
 
-    count = clusters_in_range(s, offset, bytes);
-    g_hash_table_iter_init(&iter, s->clusters);
-    while (g_hash_table_iter_next(&iter, &key, NULL)) {
-        SeqCluster *c = key;
-
-        if (c->index >= first && c->index - first < count && !c->doomed) {
+    r = range_new(s, offset >> s->cluster_bits, range_end(s, offset, bytes));
+    while ((c = range_next(&r))) {
+        if (!c->doomed) {
             /* There is more of the run: it is finished, but still cached */
             uint32_t begin = pending_begin(c, align);
 
             in_flight |= c->in_flight;
-            if (begin != c->begin) {
-                s->bytes_cached -= begin - c->begin;
-                c->begin = begin;
-                s->ahead.first = NULL;
-            }
+            s->bytes_cached -= begin - c->begin;
+            c->begin = begin;
         }
     }
+    s->ahead.first = NULL;
     return in_flight;
-}
-
-bool seqcache_discard_cluster(SeqCache *s, int64_t offset)
-{
-    return seqcache_discard(s, offset, 1);
 }
 
 uint64_t seqcache_nb_clusters(const SeqCache *s)
@@ -904,29 +887,12 @@ uint64_t seqcache_nb_clusters(const SeqCache *s)
     return g_hash_table_size(s->clusters);
 }
 
-uint64_t seqcache_bytes_unwritten(const SeqCache *s)
-{
-    uint64_t bytes = 0;
-    GHashTableIter iter;
-    gpointer key;
-
-    g_hash_table_iter_init(&iter, s->clusters);
-    while (g_hash_table_iter_next(&iter, &key, NULL)) {
-        const SeqCluster *c = key;
-
-        bytes += c->doomed ? 0 : c->end - MAX(c->begin, c->flushed);
-    }
-    return bytes;
-}
-
 void seqcache_get_stats(const SeqCache *s, SeqCacheStats *stats)
 {
     *stats = (SeqCacheStats) {
-        .nb_clusters = g_hash_table_size(s->clusters),
-        .nb_unfinished = s->unfinished.length,
         .nb_finished = s->ready.length,
-        .bytes_cached = s->bytes_cached,
         .bytes_finished = s->bytes_ready,
-        .nb_in_flight = s->requests.length,
+        .bytes_cached = s->bytes_cached,
+        .bytes_unwritten = s->bytes_unwritten,
     };
 }

@@ -22,9 +22,8 @@
  * again and fails if that attempt fails.
  *
  * All functions are thread-safe unless they say something else.  They may be
- * called from coroutines in any AioContext.  @bs is always the node that the
- * WriteBehind was created for; its file child may change, or be absent, between
- * calls.  Offsets and sizes are in bytes.
+ * called from coroutines in any AioContext.  The file child of the node may
+ * change, or be absent, between calls.  Offsets and sizes are in bytes.
  */
 
 #ifndef BLOCK_WRITE_BEHIND_H
@@ -120,7 +119,6 @@ int64_t wb_cache_size(const WriteBehind *wb);
 
 /**
  * wb_co_reserve:
- * @bs: the node.
  * @wb: the WriteBehind.
  * @nb_clusters: how many clusters, beyond those that are being continued, the
  *               write can take at most.
@@ -137,7 +135,7 @@ int64_t wb_cache_size(const WriteBehind *wb);
  * written.  Nothing is reserved then.
  */
 int coroutine_fn GRAPH_RDLOCK
-wb_co_reserve(BlockDriverState *bs, WriteBehind *wb, uint64_t nb_clusters);
+wb_co_reserve(WriteBehind *wb, uint64_t nb_clusters);
 
 /**
  * wb_unreserve:
@@ -154,7 +152,7 @@ void coroutine_fn wb_unreserve(WriteBehind *wb, uint64_t nb_clusters);
  * @offset: where a write would start.
  *
  * Returns: whether a write that starts at @offset continues a stream.  The
- * answer can only become false after wb_accept(), wb_append(),
+ * answer can only become false after wb_accept(), wb_co_write(),
  * wb_end_streams(), wb_co_write_out(), wb_drop_written(), wb_co_discard(), or
  * while nothing is reserved.
  */
@@ -162,7 +160,6 @@ bool wb_continues(WriteBehind *wb, int64_t offset);
 
 /**
  * wb_accept:
- * @bs: the node.
  * @wb: the WriteBehind.
  * @nb_clusters: what was passed to wb_co_reserve(); used up by this call.
  * @offset: where the data goes on the child.
@@ -176,48 +173,34 @@ bool wb_continues(WriteBehind *wb, int64_t offset);
  * The cache is unchanged then.
  */
 bool coroutine_fn GRAPH_RDLOCK
-wb_accept(BlockDriverState *bs, WriteBehind *wb, uint64_t nb_clusters,
+wb_accept(WriteBehind *wb, uint64_t nb_clusters,
           int64_t offset, int64_t bytes, const void *buf);
 
 /**
- * wb_append:
- * @bs: the node.
+ * wb_co_write:
  * @wb: the WriteBehind.
  * @offset: where the data goes on the child.
  * @bytes: size of the data.
- * @buf: the data, which is copied.
+ * @qiov: has the data, which is copied.
+ * @qiov_offset: where in @qiov it begins.
+ * @may_begin: whether a stream may begin at @offset.
  *
- * Store a write that continues a stream and ends in the same cluster.  Needs no
- * memory, and therefore no reservation.  Does not yield.
+ * Store what lies in the first cluster of a write, if the cache takes it: it
+ * replaces cached bytes, up to the first one that is not cached or that is in
+ * flight; or it continues a stream; or, with @may_begin, it begins one.
+ * Reserves for itself what memory it needs, and waits for it.
  *
- * Returns: true if the data is stored; false if the write is not of this kind,
- * or if the latest write to the child has failed.  The cache is unchanged then,
- * and the write can be made with wb_co_reserve() and wb_accept().
+ * Returns: how many bytes from the start of the write are stored; 0 if the
+ * write is not of this kind; the negative errno of wb_co_reserve() if the
+ * latest write to the child has failed, or the cache is full, and cached data
+ * cannot be written.
  */
-bool coroutine_fn GRAPH_RDLOCK
-wb_append(BlockDriverState *bs, WriteBehind *wb, int64_t offset, int64_t bytes,
-          const void *buf);
-
-/**
- * wb_overwrite:
- * @bs: the node.
- * @wb: the WriteBehind.
- * @offset: where the data goes on the child.
- * @bytes: size of the data.
- * @buf: the data, which is copied.
- *
- * Replace what is cached at the start of a range, as seqcache_overwrite() does.
- * Needs no reservation and does not yield.
- *
- * Returns: how many bytes from the start of the range are stored.
- */
-int64_t coroutine_fn
-wb_overwrite(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
-             int64_t bytes, const void *buf);
+int64_t coroutine_fn GRAPH_RDLOCK
+wb_co_write(WriteBehind *wb, int64_t offset, int64_t bytes, QEMUIOVector *qiov,
+            size_t qiov_offset, bool may_begin);
 
 /**
  * wb_co_preadv_part:
- * @bs: the node.
  * @wb: the WriteBehind.
  * @offset: where to read on the child.
  * @bytes: how much to read.
@@ -233,21 +216,9 @@ wb_overwrite(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
  * Returns: 0 on success, else the negative errno of a read of the child.
  */
 int coroutine_fn GRAPH_RDLOCK
-wb_co_preadv_part(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
+wb_co_preadv_part(WriteBehind *wb, int64_t offset,
                   int64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
                   BdrvRequestFlags flags);
-
-/**
- * wb_is_cached:
- * @wb: the WriteBehind.
- * @offset: start of a range.
- * @bytes: size of the range.
- *
- * Returns: whether any byte of the range is cached.  As long as the caller
- * prevents the range from being discarded, the answer only becomes false when
- * the data was written to the child.
- */
-bool wb_is_cached(WriteBehind *wb, int64_t offset, int64_t bytes);
 
 /**
  * wb_gap:
@@ -256,7 +227,9 @@ bool wb_is_cached(WriteBehind *wb, int64_t offset, int64_t bytes);
  * @bytes: size of the range.
  *
  * Returns: how many bytes from the start of the range are not cached; 0 if its
- * first byte is cached, @bytes if nothing of it is.
+ * first byte is cached, @bytes if nothing of it is.  As long as the caller
+ * prevents the range from being discarded, bytes only cease to be cached when
+ * they were written to the child.
  */
 int64_t wb_gap(WriteBehind *wb, int64_t offset, int64_t bytes);
 
@@ -280,7 +253,7 @@ void wb_end_streams(WriteBehind *wb);
 
 /**
  * wb_co_flush, wb_flush:
- * @bs: the node.
+ * @bs: its node, which the generator of wb_flush() wants.
  * @wb: the WriteBehind.
  *
  * Write everything to the child that was cached when this was called.  Ends
@@ -298,7 +271,6 @@ wb_flush(BlockDriverState *bs, WriteBehind *wb);
 
 /**
  * wb_co_settle:
- * @bs: the node.
  * @wb: the WriteBehind.
  * @mode: what to do; see BdrvSettleMode.
  *
@@ -311,7 +283,7 @@ wb_flush(BlockDriverState *bs, WriteBehind *wb);
  * the negative errno of a failed write; otherwise 0.
  */
 int coroutine_fn GRAPH_RDLOCK
-wb_co_settle(BlockDriverState *bs, WriteBehind *wb, BdrvSettleMode mode);
+wb_co_settle(WriteBehind *wb, BdrvSettleMode mode);
 
 /**
  * wb_cancel_in_flight:
@@ -338,7 +310,6 @@ void wb_start_write_out(WriteBehind *wb);
 
 /**
  * wb_co_write_out:
- * @bs: the node.
  * @wb: the WriteBehind.
  * @offset: start of a range.
  * @bytes: size of the range.
@@ -352,12 +323,11 @@ void wb_start_write_out(WriteBehind *wb);
  * first failure.  The data stays cached.
  */
 int coroutine_fn GRAPH_RDLOCK
-wb_co_write_out(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
+wb_co_write_out(WriteBehind *wb, int64_t offset,
                 int64_t bytes);
 
 /**
  * wb_drop_written:
- * @bs: the node.
  * @wb: the WriteBehind.
  * @offset: start of a range.
  * @bytes: size of the range.
@@ -369,12 +339,12 @@ wb_co_write_out(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
  * has written to the child.
  */
 void coroutine_fn GRAPH_RDLOCK
-wb_drop_written(BlockDriverState *bs, WriteBehind *wb, int64_t offset,
+wb_drop_written(WriteBehind *wb, int64_t offset,
                 int64_t bytes);
 
 /**
  * wb_co_discard, wb_discard:
- * @bs: the node.
+ * @bs: its node, which the generator of wb_discard() wants.
  * @wb: the WriteBehind.
  * @offset: start of the range.
  * @bytes: size of the range.

@@ -34,9 +34,8 @@
  * other argument that the comments below do not allow, is the caller's bug and
  * aborts.
  *
- * Look-ups do not depend on the number of cached clusters.  What has to do with
- * a range costs no more than the smaller of the numbers of clusters in the
- * range and in the cache; seqcache_drop_written() costs the latter.
+ * Look-ups do not depend on the number of cached clusters.  Range operations
+ * cost O(min(clusters in the range, clusters cached)).
  *
  * The memory of clusters that leave the cache is used for the next ones.  It is
  * freed when the cache becomes empty, except for 64 KiB or one cluster,
@@ -47,6 +46,8 @@
 
 #ifndef QEMU_SEQCACHE_H
 #define QEMU_SEQCACHE_H
+
+#include "qemu/iov.h"
 
 /* The largest cluster that a SeqCache can be created with */
 #define SEQCACHE_MAX_CLUSTER_SIZE (64 * 1024 * 1024)
@@ -100,24 +101,20 @@ typedef struct SeqCacheRequest {
 
 /**
  * SeqCacheStats: a snapshot of the state of a SeqCache
- * @nb_clusters: number of cached clusters; each takes cluster_size bytes of
- *               memory.
- * @nb_unfinished: how many of them are unfinished.
- * @nb_finished: how many of them are finished and not in flight.
+ * @nb_finished: number of finished clusters that are not in flight.
+ * @bytes_finished: bytes of these that are not yet written out, that is, what
+ *                  seqcache_get_next_flush() hands out without touching
+ *                  unfinished clusters.
  * @bytes_cached: bytes in all runs, written out or not, that is, what
  *                seqcache_read() finds.
- * @bytes_finished: bytes of finished clusters that are not yet written out and
- *                  not in flight, that is, what seqcache_get_next_flush() hands
- *                  out without touching unfinished clusters.
- * @nb_in_flight: number of requests handed out and not yet completed.
+ * @bytes_unwritten: bytes of these that were not yet written out; those of
+ *                   requests in flight count until they are completed.
  */
 typedef struct SeqCacheStats {
-    uint64_t nb_clusters;
-    uint64_t nb_unfinished;
     uint64_t nb_finished;
-    uint64_t bytes_cached;
     uint64_t bytes_finished;
-    uint64_t nb_in_flight;
+    uint64_t bytes_cached;
+    uint64_t bytes_unwritten;
 } SeqCacheStats;
 
 /**
@@ -170,7 +167,8 @@ bool seqcache_continues(const SeqCache *s, int64_t offset);
  * @s: the cache.
  * @offset: where to write.
  * @bytes: how much to write.
- * @buf: the data, which is copied.
+ * @qiov: has the data, which is copied.
+ * @qiov_offset: where in @qiov it begins.
  *
  * Store a write in the cache, split at cluster bounds.  A cluster whose run
  * reaches the cluster's end becomes finished, also when it was filled in one
@@ -181,14 +179,15 @@ bool seqcache_continues(const SeqCache *s, int64_t offset);
  * caller's bug and aborts.
  */
 void seqcache_write(SeqCache *s, int64_t offset, int64_t bytes,
-                    const void *buf);
+                    QEMUIOVector *qiov, size_t qiov_offset);
 
 /**
  * seqcache_overwrite:
  * @s: the cache.
  * @offset: where to write.
  * @bytes: how much to write.
- * @buf: the data, which is copied.
+ * @qiov: has the data, which is copied.
+ * @qiov_offset: where in @qiov it begins.
  *
  * Replace cached bytes from the start of a range on, up to the first byte that
  * is not cached or that is in flight.  What was written out before will be
@@ -197,14 +196,15 @@ void seqcache_write(SeqCache *s, int64_t offset, int64_t bytes,
  * Returns: how many bytes from the start of the range were replaced.
  */
 int64_t seqcache_overwrite(SeqCache *s, int64_t offset, int64_t bytes,
-                           const void *buf);
+                           QEMUIOVector *qiov, size_t qiov_offset);
 
 /**
  * seqcache_read:
  * @s: the cache.
  * @offset: start of the range to read.
  * @bytes: size of the range.
- * @buf: filled with the bytes found.
+ * @qiov: filled with the bytes found.
+ * @qiov_offset: where in @qiov to begin.
  *
  * Copy cached bytes from the start of a range on, crossing from one cached
  * cluster into the next, up to the first byte that is not cached.
@@ -213,7 +213,7 @@ int64_t seqcache_overwrite(SeqCache *s, int64_t offset, int64_t bytes,
  * 0 for a miss.
  */
 int64_t seqcache_read(const SeqCache *s, int64_t offset, int64_t bytes,
-                      void *buf);
+                      QEMUIOVector *qiov, size_t qiov_offset);
 
 /**
  * seqcache_gap:
@@ -368,29 +368,16 @@ bool seqcache_drop_written(SeqCache *s, int64_t offset, int64_t bytes,
                            int64_t align);
 
 /**
- * seqcache_discard_cluster:
- * @s: the cache.
- * @offset: any offset inside the cluster.
- *
- * Drop the cached bytes of one cluster, if there are any.  If the cluster is
- * in flight, its bytes can no longer be read and will not be handed out
- * again, but until its request is completed no write to the cluster is
- * possible and its memory is in use.
- *
- * Returns: true if the cluster is (still) in flight.
- */
-bool seqcache_discard_cluster(SeqCache *s, int64_t offset);
-
-/**
  * seqcache_discard:
  * @s: the cache.
  * @offset: start of a range.
  * @bytes: size of the range.
  *
- * seqcache_discard_cluster() for every cluster that the range touches; whoever
- * wants to keep what such a cluster holds outside the range has to write it
- * out before.  The cost is bounded by the number of cached clusters, whatever
- * the size of the range.
+ * Drop the cached bytes of all clusters that the range touches; a caller that
+ * wants to keep what such a cluster holds outside the range writes it out
+ * before.  If a cluster is in flight, its bytes can no longer be read and will
+ * not be handed out again, but until its request is completed no write to the
+ * cluster is possible and its memory is in use.
  *
  * Returns: true if any of these clusters is (still) in flight.
  */
@@ -404,17 +391,6 @@ bool seqcache_discard(SeqCache *s, int64_t offset, int64_t bytes);
  * memory.
  */
 uint64_t seqcache_nb_clusters(const SeqCache *s);
-
-/**
- * seqcache_bytes_unwritten:
- * @s: the cache.
- *
- * The cost is proportional to the number of cached clusters.
- *
- * Returns: how many of the cached bytes were not yet written out; those of
- * requests in flight count until they are completed.
- */
-uint64_t seqcache_bytes_unwritten(const SeqCache *s);
 
 /**
  * seqcache_get_stats:

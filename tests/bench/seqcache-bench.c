@@ -46,12 +46,13 @@ static double write_ns(SeqCache *s, int64_t *offset, int64_t bytes,
         .max_bytes = MIN(MIB, (int64_t)clusters / 2 * CLUSTER),
         .max_iov = 1024,
     };
+    QEMUIOVector qiov = QEMU_IOVEC_INIT_BUF(qiov, buf, bytes);
     int64_t count = WRITE_BYTES / bytes;
     double start = now_ns();
     int64_t i;
 
     for (i = 0; i < count; i++) {
-        seqcache_write(s, *offset, bytes, buf);
+        seqcache_write(s, *offset, bytes, &qiov, 0);
         *offset += bytes;
         while (seqcache_nb_clusters(s) > clusters) {
             seqcache_complete(s, seqcache_get_next_flush(s, &limits, false),
@@ -101,6 +102,7 @@ static double lookup_ns(const SeqCache *s, const uint8_t *flat, Lookup kind,
                         bool in_random_order, unsigned clusters)
 {
     static uint8_t buf[CLUSTER];
+    QEMUIOVector qiov = QEMU_IOVEC_INIT_BUF(qiov, buf, CLUSTER);
     double start = now_ns();
     uint32_t random = 1;
     unsigned index = 0;
@@ -126,7 +128,7 @@ static double lookup_ns(const SeqCache *s, const uint8_t *flat, Lookup kind,
             found += seqcache_gap(s, offset, 1);
             break;
         case READ:
-            found += seqcache_read(s, offset, CLUSTER, buf);
+            found += seqcache_read(s, offset, CLUSTER, &qiov, 0);
             break;
         case MEMCPY:
             memcpy(buf, flat + offset, CLUSTER);
@@ -166,12 +168,14 @@ static void print_row(bool json, bool first, const char *name,
 
 static SeqCache *cache_new(unsigned clusters, const uint8_t *flat)
 {
+    int64_t bytes = (int64_t)clusters * CLUSTER;
+    QEMUIOVector qiov = QEMU_IOVEC_INIT_BUF(qiov, flat, bytes);
     SeqCache *s = seqcache_new(&(SeqCacheOptions) {
         .cluster_size = CLUSTER,
         .max_unfinished = 1,
     });
 
-    seqcache_write(s, 0, (int64_t)clusters * CLUSTER, flat);
+    seqcache_write(s, 0, bytes, &qiov, 0);
     return s;
 }
 

@@ -302,7 +302,7 @@ node_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
 {
     TestNode *s = bs->opaque;
 
-    return wb_co_preadv_part(bs, s->wb, offset, bytes, qiov, qiov_offset,
+    return wb_co_preadv_part(s->wb, offset, bytes, qiov, qiov_offset,
                              flags);
 }
 
@@ -318,11 +318,11 @@ node_co_pwritev(BlockDriverState *bs, int64_t offset, int64_t bytes,
     int ret;
 
     qemu_iovec_to_buf(qiov, 0, buf, bytes);
-    ret = wb_co_reserve(bs, s->wb, nb_clusters);
+    ret = wb_co_reserve(s->wb, nb_clusters);
     if (ret < 0) {
         return ret;
     }
-    return wb_accept(bs, s->wb, nb_clusters, offset, bytes, buf) ? 0 : -EBUSY;
+    return wb_accept(s->wb, nb_clusters, offset, bytes, buf) ? 0 : -EBUSY;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -348,7 +348,7 @@ node_co_settle(BlockDriverState *bs, BdrvSettleMode mode)
 {
     TestNode *s = bs->opaque;
 
-    return wb_co_settle(bs, s->wb, mode);
+    return wb_co_settle(s->wb, mode);
 }
 
 static void node_drain_begin(BlockDriverState *bs)
@@ -623,7 +623,7 @@ static int coroutine_fn op_reserve(TestOp *op)
 
     bdrv_inc_in_flight(t->bs);
     WITH_GRAPH_RDLOCK_GUARD() {
-        ret = wb_co_reserve(t->bs, t->wb, op->nb_clusters);
+        ret = wb_co_reserve(t->wb, op->nb_clusters);
     }
     bdrv_dec_in_flight(t->bs);
     return ret;
@@ -646,7 +646,7 @@ static int coroutine_fn op_accept(TestOp *op)
 
     bdrv_inc_in_flight(t->bs);
     WITH_GRAPH_RDLOCK_GUARD() {
-        ok = wb_accept(t->bs, t->wb, op->nb_clusters, op->offset, op->bytes,
+        ok = wb_accept(t->wb, op->nb_clusters, op->offset, op->bytes,
                        buf);
     }
     bdrv_dec_in_flight(t->bs);
@@ -678,31 +678,36 @@ static int coroutine_fn op_append(TestOp *op)
     return ret;
 }
 
-/* Fails with -EAGAIN if not all of it was cached and could be replaced */
-static int coroutine_fn op_overwrite(TestOp *op)
+/*
+ * As a filter does it, for what is cached, or continues a stream, or may begin
+ * one if @nb_clusters is not 0.  Fails with -EAGAIN if not all was stored.
+ */
+static int coroutine_fn op_co_write(TestOp *op)
 {
     Test *t = op->t;
     g_autofree uint8_t *buf = g_malloc(op->bytes);
-    int64_t done;
+    QEMUIOVector qiov;
+    int64_t ret;
 
     fill(buf, op->offset, op->bytes, op->gen);
-    done = wb_overwrite(t->bs, t->wb, op->offset, op->bytes, buf);
-    memcpy(t->shadow + op->offset, buf, done);
-    return done == op->bytes ? 0 : -EAGAIN;
-}
+    /* In two parts, after something else */
+    qemu_iovec_init(&qiov, 3);
+    qemu_iovec_add(&qiov, &ret, sizeof(ret));
+    qemu_iovec_add(&qiov, buf, op->bytes / 3);
+    qemu_iovec_add(&qiov, buf + op->bytes / 3, op->bytes - op->bytes / 3);
 
-static int coroutine_fn op_continue(TestOp *op)
-{
-    Test *t = op->t;
-    g_autofree uint8_t *buf = g_malloc(op->bytes);
-
-    fill(buf, op->offset, op->bytes, op->gen);
-    GRAPH_RDLOCK_GUARD();
-    if (!wb_append(t->bs, t->wb, op->offset, op->bytes, buf)) {
-        return -EAGAIN;
+    bdrv_inc_in_flight(t->bs);
+    WITH_GRAPH_RDLOCK_GUARD() {
+        ret = wb_co_write(t->wb, op->offset, op->bytes, &qiov, sizeof(ret),
+                          op->nb_clusters);
     }
-    memcpy(t->shadow + op->offset, buf, op->bytes);
-    return 0;
+    bdrv_dec_in_flight(t->bs);
+    qemu_iovec_destroy(&qiov);
+    if (ret < 0) {
+        return ret;
+    }
+    memcpy(t->shadow + op->offset, buf, ret);
+    return ret == op->bytes ? 0 : -EAGAIN;
 }
 
 static int coroutine_fn op_write_out(TestOp *op)
@@ -712,7 +717,7 @@ static int coroutine_fn op_write_out(TestOp *op)
 
     bdrv_inc_in_flight(t->bs);
     WITH_GRAPH_RDLOCK_GUARD() {
-        ret = wb_co_write_out(t->bs, t->wb, op->offset, op->bytes);
+        ret = wb_co_write_out(t->wb, op->offset, op->bytes);
     }
     bdrv_dec_in_flight(t->bs);
     return ret;
@@ -902,23 +907,23 @@ static void test_overwrite(void)
     Test *t = test_new(&config);
     TestOp flush = { .t = t, .fn = op_flush };
 
-    g_assert_cmpint(run(t, op_overwrite, .offset = 0, .bytes = 1), ==,
+    g_assert_cmpint(run(t, op_co_write, .offset = 0, .bytes = 1), ==,
                     -EAGAIN);
     write_ok(t, 0, 1000);
-    run_ok(t, op_overwrite, .offset = 100, .bytes = 900, .gen = 2);
+    run_ok(t, op_co_write, .offset = 100, .bytes = 900, .gen = 2);
     read_ok(t, 0, 2000);
     flush_ok(t);
     g_assert_false(wb_is_dirty(t->wb));
 
     /* What is on the child already is written again */
-    run_ok(t, op_overwrite, .offset = 500, .bytes = 10, .gen = 3);
+    run_ok(t, op_co_write, .offset = 500, .bytes = 10, .gen = 3);
     g_assert_true(wb_is_dirty(t->wb));
     disk_hold(t->disk);
     op_start(&flush);
     settle();
 
     /* What is in flight must stay as it is */
-    g_assert_cmpint(run(t, op_overwrite, .offset = 500, .bytes = 10,
+    g_assert_cmpint(run(t, op_co_write, .offset = 500, .bytes = 10,
                         .gen = 4), ==, -EAGAIN);
     disk_release(t->disk);
     g_assert_cmpint(op_wait(&flush), ==, 0);
@@ -936,16 +941,14 @@ static void test_append(void)
     };
     Test *t = test_new(&config);
 
-    g_assert_cmpint(run(t, op_continue, .offset = 0, .bytes = 1), ==, -EAGAIN);
+    g_assert_cmpint(run(t, op_co_write, .offset = 0, .bytes = 1), ==, -EAGAIN);
     write_ok(t, 0, 1000);
     write_ok(t, 8192, 1000);
-    g_assert_cmpint(run(t, op_continue, .offset = 999, .bytes = 1), ==,
-                    -EAGAIN);
-    g_assert_cmpint(run(t, op_continue, .offset = 1000, .bytes = 3097), ==,
+    g_assert_cmpint(run(t, op_co_write, .offset = 1001, .bytes = 1), ==,
                     -EAGAIN);
     /* The cache is full, and stays as it is */
-    run_ok(t, op_continue, .offset = 1000, .bytes = 1000);
-    run_ok(t, op_continue, .offset = 9192, .bytes = 1000);
+    run_ok(t, op_co_write, .offset = 1000, .bytes = 1000);
+    run_ok(t, op_co_write, .offset = 9192, .bytes = 1000);
     assert_no_writes(t->disk);
     assert_stat(t, accepted_bytes, ==, 4000);
     assert_stat(t, accepted_requests, ==, 4);
@@ -955,13 +958,20 @@ static void test_append(void)
     /* Writers learn of an error, though there would be room */
     disk_fail(t->disk, EIO, 0);
     g_assert_cmpint(run(t, op_flush), ==, -EIO);
-    g_assert_cmpint(run(t, op_continue, .offset = 2000, .bytes = 1), ==,
-                    -EAGAIN);
+    g_assert_cmpint(run(t, op_co_write, .offset = 2000, .bytes = 1), ==, -EIO);
     disk_fail(t->disk, 0, 0);
     flush_ok(t);
-    run_ok(t, op_continue, .offset = 2000, .bytes = 2096);
-    g_assert_cmpint(run(t, op_continue, .offset = 4096, .bytes = 1), ==,
+
+    /* No more than what is in the first cluster, and no more streams unasked */
+    g_assert_cmpint(run(t, op_co_write, .offset = 2000, .bytes = 5000), ==,
                     -EAGAIN);
+    g_assert_cmpint(wb_gap(t->wb, 4096, 4096), ==, 4096);
+    g_assert_cmpint(run(t, op_co_write, .offset = 4096, .bytes = 1), ==,
+                    -EAGAIN);
+    run_ok(t, op_co_write, .offset = 4096, .bytes = 1, .nb_clusters = 1);
+    g_assert_true(wb_continues(t->wb, 4097));
+    g_assert_cmpint(run(t, op_co_write, .offset = 4098, .bytes = 1,
+                        .nb_clusters = 1), ==, -EAGAIN);
     flush_ok(t);
     assert_on_disk(t, 0, 16384);
     test_free(t);
@@ -2412,7 +2422,7 @@ static void test_read_padding(void)
     test_free(t);
 }
 
-static void test_is_cached(void)
+static void test_gap(void)
 {
     const TestConfig config = {
         .cluster_size = 4096,
@@ -2421,19 +2431,19 @@ static void test_is_cached(void)
     Test *t = test_new(&config);
 
     write_ok(t, 1000, 8000);
-    g_assert_false(wb_is_cached(t->wb, 0, 1000));
-    g_assert_true(wb_is_cached(t->wb, 0, 1001));
-    g_assert_true(wb_is_cached(t->wb, 0, DISK_SIZE));
-    g_assert_true(wb_is_cached(t->wb, 5000, 1));
-    g_assert_true(wb_is_cached(t->wb, 8999, 1));
-    g_assert_false(wb_is_cached(t->wb, 9000, DISK_SIZE));
+    g_assert_cmpint(wb_gap(t->wb, 0, 1000), ==, 1000);
+    g_assert_cmpint(wb_gap(t->wb, 0, 1001), ==, 1000);
+    g_assert_cmpint(wb_gap(t->wb, 0, DISK_SIZE), ==, 1000);
+    g_assert_cmpint(wb_gap(t->wb, 5000, 1), ==, 0);
+    g_assert_cmpint(wb_gap(t->wb, 8999, 1), ==, 0);
+    g_assert_cmpint(wb_gap(t->wb, 9000, DISK_SIZE), ==, DISK_SIZE);
 
     /* The stream's last cluster is open and stays */
     flush_ok(t);
-    g_assert_false(wb_is_cached(t->wb, 0, 8192));
-    g_assert_true(wb_is_cached(t->wb, 8191, 2));
+    g_assert_cmpint(wb_gap(t->wb, 0, 8192), ==, 8192);
+    g_assert_cmpint(wb_gap(t->wb, 8191, 2), ==, 1);
     wb_end_streams(t->wb);
-    g_assert_false(wb_is_cached(t->wb, 0, DISK_SIZE));
+    g_assert_cmpint(wb_gap(t->wb, 0, DISK_SIZE), ==, DISK_SIZE);
 
     test_free(t);
 }
@@ -2553,7 +2563,7 @@ static void test_stats_unwritten(void)
     flush_ok(t);
     assert_stat(t, unwritten_bytes, ==, 0);
     assert_stat(t, cached_bytes, ==, 1000);
-    run_ok(t, op_overwrite, .offset = 8 * 4096 + 100, .bytes = 200, .gen = 2);
+    run_ok(t, op_co_write, .offset = 8 * 4096 + 100, .bytes = 200, .gen = 2);
     assert_stat(t, unwritten_bytes, ==, 900);
     append_ok(t, 10);
     assert_stat(t, unwritten_bytes, ==, 910);
@@ -2613,7 +2623,7 @@ static void test_age(void)
     wait_for_writes(t, 1);
     assert_writes(t->disk, { 512, 4608 });
     assert_on_disk(t, 0, DISK_SIZE);
-    run_ok(t, op_overwrite, .offset = 4096, .bytes = 904, .gen = 2);
+    run_ok(t, op_co_write, .offset = 4096, .bytes = 904, .gen = 2);
     wait_for_writes(t, 1);
     assert_on_disk(t, 0, DISK_SIZE);
 
@@ -3585,7 +3595,7 @@ int main(int argc, char **argv)
     ADD("discard/makes-room", test_discard_makes_room);
     ADD("read/boundaries", test_read);
     ADD("read/padding", test_read_padding);
-    ADD("read/is-cached", test_is_cached);
+    ADD("read/gap", test_gap);
     ADD("child", test_child);
     ADD("write-out/range", test_write_out);
     ADD("write-out/error", test_write_out_error);
