@@ -149,6 +149,138 @@ def check_tally(copy):
            (7, ['a', 'd'], ['b', 'c']), str(vars(tally)))
 
 
+# A QEMU of a few lines, and two patches of it
+LINES = ''.join(f'    line{n};\n' for n in range(1, 21))
+PATCH = """Subject: {name}: Change a line
+
+Why.
+
+Costs: nothing
+{adds}
+diff --git a/block/qcow2.c b/block/qcow2.c
+--- a/block/qcow2.c
++++ b/block/qcow2.c
+@@ -{begin},7 +{begin},7 @@
+     line{0};
+     line{1};
+     line{2};
+-    line{3};
++    changed{3};
+     line{4};
+     line{5};
+     line{6};
+"""
+
+
+def tiny_patch(name, line, adds=''):
+    numbers = range(line - 3, line + 4)
+    return PATCH.format(*numbers, name=name, begin=line - 3,
+                        adds=f'Adds: {adds}\n' if adds else '')
+
+
+class TinyQemu(Copy):
+    """The scripts with a QEMU of a few lines, in two versions"""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        shutil.rmtree(os.path.join(folder, 'patches'))
+        for version, lines in (('10.0.1', LINES),
+                               ('10.2.1', LINES.replace('12;', '12a;'))):
+            for name, text in (('VERSION', version), ('block/qcow2.c', lines),
+                               ('pythondeps.toml', ''),
+                               ('subprojects/keycodemapdb/x', ''),
+                               ('subprojects/berkeley-softfloat-3/x', ''),
+                               ('subprojects/berkeley-testfloat-3/x', '')):
+                self.write(f'source-{version}/{name}', text)
+        self.write('patches/versions', '10.0 10.0.1\n10.2 10.2.1\n')
+        self.write('patches/series', '# All.\n\n# a:\n# Of a.\na/one.patch\n'
+                   '\n# b:\nb/two.patch\n')
+        self.write('patches/test/series', '# None.\n')
+        self.write('patches/a/one.patch', tiny_patch('one', 5))
+        self.write('patches/b/two.patch', tiny_patch('two', 15, 'util/two.c'))
+        self.write('util/two.c', '')
+
+    def run(self, *command, version='10.0', **variables):
+        return super().run(
+            *command, GIT_AUTHOR_NAME='A', GIT_AUTHOR_EMAIL='a@a',
+            GIT_COMMITTER_NAME='A', GIT_COMMITTER_EMAIL='a@a',
+            QEMU_SRC=os.path.join(self.folder, f'source-{version}.1'),
+            **variables)
+
+    def patches(self):
+        """{path: contents} of patches/"""
+        found = {}
+        for folder, _, names in os.walk(os.path.join(self.folder, 'patches')):
+            for name in names:
+                path = os.path.join(folder, name)
+                with open(path, encoding='utf-8') as f:
+                    found[os.path.relpath(path, self.folder)] = f.read()
+        return found
+
+    def commit(self, message, version='10.0'):
+        return self.run('git', '-C', f'tree-{version}', 'commit', '-aqm',
+                        message)
+
+
+def check_tree(_copy):
+    """scripts/tree, and scripts/save of it"""
+    with tempfile.TemporaryDirectory() as folder:
+        qemu = TinyQemu(folder)
+        before = qemu.patches()
+        status, output = qemu.run('scripts/tree', '10.0')
+        status2, output2 = qemu.run('scripts/save')
+        yield ('a tree that did not change is saved as it was',
+               status == status2 == 0 and qemu.patches() == before,
+               output + output2)
+
+        qemu.write('tree-10.0/util/three.c', 'three\n')
+        qemu.run('git', '-C', 'tree-10.0', 'add', 'util/three.c')
+        qemu.commit('three: Add a file')
+        status, output = qemu.run('scripts/save', 'tree-10.0')
+        yield ('a commit without "Patch:" is refused', status != 0 and
+               '"Patch: TOPIC/NAME"' in output and
+               'Nothing was written' in output and qemu.patches() == before,
+               output)
+
+        qemu.run('git', '-C', 'tree-10.0', 'commit', '-q', '--amend', '-m',
+                 'three: Add a file', '-m', 'Costs: nothing\nPatch: b/three')
+        status, output = qemu.run('scripts/save', 'tree-10.0')
+        after = qemu.patches()
+        yield ('a new commit becomes a patch', status == 0 and
+               after.get('patches/b/three.patch') ==
+               'Subject: three: Add a file\n\nCosts: nothing\n'
+               'Adds: util/three.c\n' and after['patches/series'] ==
+               before['patches/series'] + 'b/three.patch\n' and
+               os.path.exists(os.path.join(folder, 'util/three.c')), output)
+
+        status, output = qemu.run('scripts/tree', '10.2', version='10.2')
+        status2, output2 = qemu.run('scripts/save', 'tree-10.2',
+                                    version='10.2')
+        new = qemu.patches()
+        path = 'patches/overrides/10.2/b/two.patch'
+        yield ('what does not apply to a version gets an override, and nothing'
+               ' else does', status == status2 == 0 and
+               '     line12a;\n' in new.pop(path, '') and new == after,
+               output + output2)
+        status, output = qemu.run('scripts/series', '10.2', version='10.2')
+        yield 'the override is used', path in output.split(), output
+
+        qemu.write('tree-10.0/util/two.c', 'of the tree\n')
+        qemu.commit('fixup')
+        qemu.write('util/two.c', 'of here\n')
+        status, output = qemu.run('scripts/save', 'tree-10.0')
+        yield ('what changed in both is not lost', status != 0 and
+               'util/two.c changed both' in output, output)
+
+
+def check_patches(_copy):
+    """patches/ is as it should be."""
+    # pylint: disable-next=import-outside-toplevel
+    import check_patches as checks
+    for name, found in checks.run():
+        yield f'{name} are right', not found, '\n'.join(found)
+
+
 def examples(path):
     """The literal blocks of a page that are commands for a shell"""
     with open(path, encoding='utf-8') as f:
@@ -261,7 +393,7 @@ def run(tally):
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(folder)
         for part in (check_refused, check_accepted, check_newer, check_tally,
-                     check_examples, check_references, check_versions,
+                     check_tree, check_examples, check_references, check_versions,
                      check_size):
             for name, ok, output in part(copy):
                 if ok:

@@ -74,10 +74,13 @@ def suffix(version=None):
 
 
 def source(version):
-    """The folder with the unpacked source of that version"""
-    if subprocess.run(['scripts/prepare', '--source-only'], cwd=TOP,
-                      env={**os.environ, 'VERSION': version}, check=False,
-                      stdout=sys.stderr).returncode:
+    """The folder with the unpacked source of that version; QEMU_SRC may name it,
+    or that of another version"""
+    env = {**os.environ, 'VERSION': version}
+    if os.environ.get('VERSION', version) != version:
+        env.pop('QEMU_SRC', None)
+    if subprocess.run(['scripts/prepare', '--source-only'], cwd=TOP, env=env,
+                      check=False, stdout=sys.stderr).returncode:
         sys.exit(1)
     return os.path.join(TOP, f'cache/source{suffix(version)}')
 
