@@ -8,10 +8,9 @@
 # or not.  A discard leaves anything.
 #
 # Each test case of PowerCuts goes through the logs of random work until it has
-# seen POWER_CUT_IMAGES different images (default 60, and at least one whole
-# log): what is there at each request, and POWER_CUT_PER_REQUEST random ones
-# for each (default 0.5).  POWER_CUT_STOCK=1: do the same work with the cache
-# off as well.  Repeat what failed: POWER_CUT_SEED.
+# seen 60 different images, and at least one whole log: what is there at each
+# request, and a random one for every other.  With TEST_SCALE, there are more,
+# and the same work is done with the cache off as well.
 #
 # This work is licensed under the terms of the GNU GPL, version 2 or later.
 # See the COPYING file in the top-level directory.
@@ -19,14 +18,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import collections
-import os
 import random
 import select
 from typing import (
     Any, Counter, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 )
 
-from qcow2_compressed_cache import add_figures
+from qcow2_compressed_cache import add_figures, first_seed, scale
 from scripted_nbd import (
     FLUSH, READ, TRIM, WRITE, WRITE_ZEROES, Connection, Handler, Request,
     ScriptedNbd, handle_read
@@ -34,9 +32,7 @@ from scripted_nbd import (
 import iotests
 
 
-nb_images = int(os.environ.get('POWER_CUT_IMAGES', 60))
-per_request = float(os.environ.get('POWER_CUT_PER_REQUEST', 0.5))
-stock = os.environ.get('POWER_CUT_STOCK', '0') != '0'
+nb_images = 60 * scale
 
 
 SECTOR = 512
@@ -286,7 +282,7 @@ class Replay:
             if isinstance(event, (Arrived, Answered)):
                 yield from self.distinct(i, self.apply(self.answered, 1, 0),
                                          True)
-                count = int(per_request + self.rand.random())
+                count = self.rand.getrandbits(1)
                 for _ in range(count if self.volatile else 0):
                     yield from self.distinct(i, self.random_image(), False)
             elif isinstance(event, Safe) and (
@@ -371,8 +367,7 @@ class PowerCuts(iotests.QMPTestCase):
     promised: bytes
 
     def setUp(self) -> None:
-        self.seed = int(os.environ.get('POWER_CUT_SEED',
-                                       random.getrandbits(31)))
+        self.seed = first_seed()
         self.rand = random.Random()
         self.tally: Counter[str] = collections.Counter()
         # Units that were written since a flush and came out as a mixture
@@ -408,7 +403,7 @@ class PowerCuts(iotests.QMPTestCase):
     def do_test(self) -> None:
         images = 0
         while images < nb_images:
-            for cache in (True, False) if stock else (True,):
+            for cache in (True, False) if scale > 1 else (True,):
                 with self.subTest(seed=self.seed, cache=cache):
                     self.rand = random.Random(self.seed)
                     disk = self.record(cache)

@@ -34,6 +34,15 @@ unsupported_imgopts = ['cluster_size', 'compat', 'data_file', 'encrypt',
 Machine = Union[iotests.VM, iotests.QemuStorageDaemon]
 
 
+# How much a random test does, as a multiple of what it does in "make check"
+scale = int(os.environ.get('TEST_SCALE', 1))
+
+
+def first_seed() -> int:
+    '''Of a random test: TEST_SEED, to repeat what failed, or another one'''
+    return int(os.environ.get('TEST_SEED', random.getrandbits(31)))
+
+
 def random_bytes(size: int, seed: int) -> bytes:
     '''Data that does not compress'''
     return random.Random(seed).getrandbits(8 * size).to_bytes(size, 'little')
