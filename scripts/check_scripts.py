@@ -194,7 +194,7 @@ class TinyQemu(Copy):
                 self.write(f'source-{version}/{name}', text)
         self.write('patches/versions', '10.0 10.0.1\n10.2 10.2.1\n')
         self.write('patches/series', '# All.\n\n# a:\n# Of a.\na/one.patch\n'
-                   '\n# b:\nb/two.patch\n')
+                   '\n# b:\nb/two.patch [10.0 10.2 99.0]\n')
         self.write('patches/test/series', '# None.\n')
         self.write('patches/a/one.patch', tiny_patch('one', 5))
         self.write('patches/b/two.patch', tiny_patch('two', 15, 'util/two.c'))
