@@ -10,7 +10,7 @@
  * the child in one of two ways.
  *
  * Workers are background coroutines that write while the users of the node do
- * something else.  wb_accept() starts one as soon as there is a request worth
+ * something else.  A write starts one as soon as there is a request worth
  * writing: a full one, or any when half of the cache is waiting.  Workers
  * count as in-flight requests of the node; a drain waits for them, and they
  * end when nothing is worth writing any more, or with the request in flight
