@@ -390,6 +390,7 @@ typedef struct TestConfig {
     uint32_t align;         /* 0: 1 */
     uint32_t max_transfer;
     int64_t max_age_ms;
+    bool busy;              /* see fill_cache() */
 } TestConfig;
 
 typedef struct Test {
@@ -448,8 +449,12 @@ static void count_written_out(BlockDriverState *bs)
     nb_written_out++;
 }
 
-static Test *test_new(const TestConfig *config)
+static void fill_cache(Test *t);
+
+/* The fixture of a test is a Test, which WB_TEST() describes */
+static void test_set_up(Test *t, gconstpointer opaque)
 {
+    const TestConfig *config = opaque;
     WriteBehindOptions opts = {
         .cache_size = config->cache_size,
         .cluster_size = config->cluster_size,
@@ -459,7 +464,6 @@ static Test *test_new(const TestConfig *config)
         .max_age_ms = config->max_age_ms,
         .written_out = count_written_out,
     };
-    Test *t = g_new0(Test, 1);
     TestNode *s;
 
     t->disk_bs = bdrv_new_open_driver(&bdrv_disk, NULL, BDRV_O_RDWR,
@@ -483,15 +487,35 @@ static Test *test_new(const TestConfig *config)
     blk_insert_bs(t->blk, t->bs, &error_abort);
 
     t->shadow = g_malloc0(DISK_SIZE);
-    return t;
+    if (config->busy) {
+        fill_cache(t);
+    }
 }
 
-static void test_free(Test *t)
+static void test_tear_down(Test *t, gconstpointer config)
 {
     blk_unref(t->blk);
     bdrv_unref(t->bs);
     bdrv_unref(t->disk_bs);
     g_free(t->shadow);
+}
+
+#define WB_TEST(name, ...)                                              \
+    static const TestConfig config_##name = { __VA_ARGS__ };            \
+    static void test_##name(Test *t, gconstpointer config)
+
+/* For tests that need several, or at another time */
+static Test *test_new(const TestConfig *config)
+{
+    Test *t = g_new0(Test, 1);
+
+    test_set_up(t, config);
+    return t;
+}
+
+static void test_free(Test *t)
+{
+    test_tear_down(t, NULL);
     g_free(t);
 }
 
@@ -823,6 +847,15 @@ static void flush_ok(Test *t)
     run_ok(t, op_flush);
 }
 
+/* Four requests are held by the disk, and more are to come */
+static void fill_cache(Test *t)
+{
+    disk_hold(t->disk);
+    append_ok(t, 60 * 4096 + 1);
+    settle();
+    g_assert_cmpuint(t->disk->nb_held, ==, 4);
+}
+
 #define assert_stat(t, field, op, value)                                \
     do {                                                                \
         BlockStatsWriteBehind *stats_ = wb_get_stats((t)->wb);          \
@@ -833,15 +866,9 @@ static void flush_ok(Test *t)
 /* ---- What goes to the child ---- */
 
 /* A filter makes room for a request that goes to the child */
-static void test_write_out(void)
+WB_TEST(write_out, .cluster_size = 64 * KiB, .cache_size = 4 * MiB,
+        .no_pad = true)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = 4 * MiB,
-        .no_pad = true,
-    };
-    Test *t = test_new(&config);
-
     write_ok(t, 0, 1000);
     write_ok(t, 64 * KiB, 1000);
     write_ok(t, 128 * KiB, 1000);
@@ -874,18 +901,11 @@ static void test_write_out(void)
     g_assert_cmpint(wb_gap(t->wb, 0, INT64_MAX), ==, INT64_MAX);
     g_assert_false(wb_is_dirty(t->wb));
     assert_on_disk(t, 0, DISK_SIZE);
-    test_free(t);
 }
 
-static void test_write_out_error(void)
+WB_TEST(write_out_error, .cluster_size = 64 * KiB, .cache_size = 4 * MiB,
+        .no_pad = true)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = 4 * MiB,
-        .no_pad = true,
-    };
-    Test *t = test_new(&config);
-
     write_ok(t, 0, 1000);
     disk_fail(t->disk, EIO, 0);
     g_assert_cmpint(run(t, op_write_out, .offset = 0, .bytes = 1), ==, -EIO);
@@ -894,17 +914,11 @@ static void test_write_out_error(void)
     disk_fail(t->disk, 0, 0);
     run_ok(t, op_write_out, .offset = 0, .bytes = 1);
     assert_on_disk(t, 0, 2000);
-    test_free(t);
 }
 
-static void test_overwrite(void)
+WB_TEST(overwrite, .cluster_size = 64 * KiB, .cache_size = 4 * MiB,
+        .no_pad = true)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = 4 * MiB,
-        .no_pad = true,
-    };
-    Test *t = test_new(&config);
     TestOp flush = { .t = t, .fn = op_flush };
 
     g_assert_cmpint(run(t, op_co_write, .offset = 0, .bytes = 1), ==,
@@ -930,17 +944,11 @@ static void test_overwrite(void)
     assert_on_disk(t, 0, 2000);
     assert_writes(t->disk, { 0, 1000 }, { 500, 500 });
     assert_stat(t, accepted_bytes, ==, 1910);
-    test_free(t);
 }
 
 /* What goes on inside of a cluster is taken without a reservation */
-static void test_append(void)
+WB_TEST(append, .cluster_size = 4096, .cache_size = 2 * 4096, .align = 512)
 {
-    const TestConfig config = {
-        .cluster_size = 4096, .cache_size = 2 * 4096, .align = 512,
-    };
-    Test *t = test_new(&config);
-
     g_assert_cmpint(run(t, op_co_write, .offset = 0, .bytes = 1), ==, -EAGAIN);
     write_ok(t, 0, 1000);
     write_ok(t, 8192, 1000);
@@ -974,18 +982,12 @@ static void test_append(void)
                         .nb_clusters = 1), ==, -EAGAIN);
     flush_ok(t);
     assert_on_disk(t, 0, 16384);
-    test_free(t);
 }
 
 /* Small pieces come out in order, in large aligned requests without reads */
-static void test_large_requests(void)
+WB_TEST(large_requests, .cluster_size = 64 * KiB, .cache_size = 4 * MiB,
+        .align = 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = 4 * MiB,
-        .align = 4096,
-    };
-    Test *t = test_new(&config);
     int64_t total = 5 * MiB + 12345;
     int64_t piece = 1;
 
@@ -1007,8 +1009,6 @@ static void test_large_requests(void)
     g_assert_cmpuint(t->disk->nb_reads, ==, 0);
     assert_on_disk(t, 0, DISK_SIZE);
     assert_stat(t, cached_bytes, ==, 0);
-
-    test_free(t);
 }
 
 /* Neither the limits of the child nor half of a small cache are exceeded */
@@ -1052,15 +1052,9 @@ static void test_request_size(void)
 }
 
 /* Alignment and maximum size are those that the child has at that moment */
-static void test_limits_change(void)
+WB_TEST(limits_change, .cluster_size = 64 * KiB, .cache_size = 4 * MiB,
+        .align = 512)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = 4 * MiB,
-        .align = 512,
-    };
-    Test *t = test_new(&config);
-
     append_ok(t, 1000);
     flush_ok(t);
     assert_writes(t->disk, { 0, 1024 });
@@ -1078,20 +1072,12 @@ static void test_limits_change(void)
     /* 301000 is in the block that starts at 300544, 302000 ends at 302080 */
     assert_writes(t->disk, { 300544, 1536 });
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* A request that begins inside a cluster is not delayed until it is longer */
-static void test_full_request(void)
+WB_TEST(full_request, .cluster_size = 64 * KiB, .cache_size = 8 * MiB,
+        .align = 512)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = 8 * MiB,
-        .align = 512,
-    };
-    Test *t = test_new(&config);
-
     append_ok(t, 1000);
     flush_ok(t);
     assert_writes(t->disk, { 0, 1024 });
@@ -1104,20 +1090,12 @@ static void test_full_request(void)
     append_ok(t, 1);
     assert_writes(t->disk, { MiB, MiB });
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* Clusters smaller than a block of the child: blocks are still written once */
-static void test_large_alignment(void)
+WB_TEST(large_alignment, .cluster_size = 512, .cache_size = 64 * KiB,
+        .align = 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 512,
-        .cache_size = 64 * KiB,
-        .align = 4096,
-    };
-    Test *t = test_new(&config);
-
     while (t->alloc < 256 * KiB) {
         append_ok(t, 100);
     }
@@ -1125,21 +1103,12 @@ static void test_large_alignment(void)
     g_assert_cmpuint(t->disk->nb_writes, ==, 8);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* Where padding is not allowed, the neighbouring bytes stay what they are */
-static void test_no_pad(void)
+WB_TEST(no_pad, .cluster_size = 64 * KiB, .cache_size = MiB, .no_pad = true,
+        .align = 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = MiB,
-        .no_pad = true,
-        .align = 4096,
-    };
-    Test *t = test_new(&config);
-
     fill(t->disk->data, 0, DISK_SIZE, 99);
     fill(t->shadow, 0, DISK_SIZE, 99);
 
@@ -1148,21 +1117,12 @@ static void test_no_pad(void)
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
     assert_writes(t->disk, { 8192, 102400 });
-
-    test_free(t);
 }
 
 /* ---- Flush ---- */
 
-static void test_flush(void)
+WB_TEST(flush, .cluster_size = 64 * KiB, .cache_size = MiB, .align = 512)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = MiB,
-        .align = 512,
-    };
-    Test *t = test_new(&config);
-
     /* Nothing to do */
     flush_ok(t);
     assert_no_writes(t->disk);
@@ -1193,19 +1153,11 @@ static void test_flush(void)
     assert_writes(t->disk, { 3584, 64 * KiB - 3584 },
                   { MiB + 64 * KiB, 512 });
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* The functions that can be called from the main loop do the same */
-static void test_not_in_coroutine(void)
+WB_TEST(not_in_coroutine, .cluster_size = 64 * KiB, .cache_size = MiB)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = MiB,
-    };
-    Test *t = test_new(&config);
-
     write_ok(t, 0, 1000);
     write_ok(t, MiB, 1000);
     wb_discard(t->bs, t->wb, 1, 1);
@@ -1219,18 +1171,11 @@ static void test_not_in_coroutine(void)
     disk_fail(t->disk, 0, 0);
     g_assert_cmpint(wb_flush(t->bs, t->wb), ==, 0);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* A flush waits for what is in flight, and does not write it once more */
-static void test_flush_in_flight(void)
+WB_TEST(flush_in_flight, .cluster_size = 64 * KiB, .cache_size = 512 * KiB)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = 512 * KiB,
-    };
-    Test *t = test_new(&config);
     TestOp flush[2] = {
         { .t = t, .fn = op_flush },
         { .t = t, .fn = op_flush },
@@ -1260,19 +1205,12 @@ static void test_flush_in_flight(void)
     g_assert_cmpint(op_wait(&flush[1]), ==, 0);
     assert_writes(t->disk, { 256 * KiB, 1000 });
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* A flush writes the stream as it was; what came later is for the next one */
-static void test_flush_growing(void)
+WB_TEST(flush_growing, .cluster_size = 64 * KiB, .cache_size = MiB,
+        .align = 512)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = MiB,
-        .align = 512,
-    };
-    Test *t = test_new(&config);
     TestOp flush = { .t = t, .fn = op_flush };
 
     append_ok(t, 1024);
@@ -1288,20 +1226,12 @@ static void test_flush_growing(void)
     assert_on_disk(t, 0, 2048);
     assert_writes(t->disk, { 1024, 1024 });
     assert_stat(t, partial_flushes, ==, 2);
-
-    test_free(t);
 }
 
 /* The same while it has to wait for other requests */
-static void test_flush_growing_later(void)
+WB_TEST(flush_growing_later, .cluster_size = 64 * KiB, .cache_size = MiB,
+        .max_streams = 8, .align = 512)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = MiB,
-        .max_streams = 8,
-        .align = 512,
-    };
-    Test *t = test_new(&config);
     TestOp flush = { .t = t, .fn = op_flush };
     int i;
 
@@ -1323,8 +1253,6 @@ static void test_flush_growing_later(void)
     flush_ok(t);
     assert_writes(t->disk, { 4 * MiB + 1024, 1024 });
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 typedef struct Streaming {
@@ -1348,14 +1276,9 @@ static int coroutine_fn op_stream(TestOp *op)
 }
 
 /* A flush ends though somebody writes all the time */
-static void test_flush_terminates(void)
+WB_TEST(flush_terminates, .cluster_size = 4096, .cache_size = 64 * KiB,
+        .align = 512)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 64 * KiB,
-        .align = 512,
-    };
-    Test *t = test_new(&config);
     Streaming s = {
         .op = { .t = t, .fn = op_stream, .bytes = 700, .gen = 1 },
     };
@@ -1383,8 +1306,6 @@ static void test_flush_terminates(void)
     g_assert_cmpint(op_wait(&s.op), ==, 0);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* ---- The bound, and waiting for room ---- */
@@ -1450,14 +1371,9 @@ static void test_bound(void)
 }
 
 /* Memory is counted in clusters, not in bytes */
-static void test_bound_clusters(void)
+WB_TEST(bound_clusters, .cluster_size = 4096, .cache_size = 4 * 4096,
+        .max_streams = 100)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 4 * 4096,
-        .max_streams = 100,
-    };
-    Test *t = test_new(&config);
     TestOp ops[16];
     unsigned i, n, nb_released;
 
@@ -1489,17 +1405,11 @@ static void test_bound_clusters(void)
     disk_release(t->disk);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
-    test_free(t);
 }
 
 /* Who needs much is not overtaken by those who need little */
-static void test_reserve_order(void)
+WB_TEST(reserve_order, .cluster_size = 4096, .cache_size = 8 * 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 8 * 4096,
-    };
-    Test *t = test_new(&config);
     TestOp held = { .t = t, .fn = op_reserve, .nb_clusters = 5 };
     TestOp large = { .t = t, .fn = op_reserve, .nb_clusters = 4 };
     TestOp small = { .t = t, .fn = op_reserve, .nb_clusters = 1 };
@@ -1525,19 +1435,11 @@ static void test_reserve_order(void)
     run_ok(t, op_reserve, .nb_clusters = 8);
     run_ok(t, op_unreserve, .nb_clusters = 8);
     run_ok(t, op_unreserve, .nb_clusters = 0);
-
-    test_free(t);
 }
 
 /* Streams are ended only if there is no other way, and the oldest first */
-static void test_streams_end(void)
+WB_TEST(streams_end, .cluster_size = 4096, .cache_size = 3 * 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 3 * 4096,
-    };
-    Test *t = test_new(&config);
-
     write_ok(t, 0, 100);
     write_ok(t, MiB, 100);
     write_ok(t, 2 * MiB, 4096);
@@ -1558,18 +1460,11 @@ static void test_streams_end(void)
     assert_on_disk(t, 0, MiB);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* While a reservation is outstanding, what it counts on stays */
-static void test_streams_stay(void)
+WB_TEST(streams_stay, .cluster_size = 4096, .cache_size = 2 * 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 2 * 4096,
-    };
-    Test *t = test_new(&config);
     TestOp waiter = { .t = t, .fn = op_reserve, .nb_clusters = 1 };
 
     write_ok(t, 0, 100);
@@ -1604,18 +1499,11 @@ static void test_streams_stay(void)
     run_ok(t, op_unreserve, .nb_clusters = 2);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* Writes that would need more than one run in a cluster change nothing */
-static void test_refused(void)
+WB_TEST(refused, .cluster_size = 4096, .cache_size = 16 * 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 16 * 4096,
-    };
-    Test *t = test_new(&config);
     const struct {
         int64_t offset;
         int64_t bytes;
@@ -1642,20 +1530,13 @@ static void test_refused(void)
     write_ok(t, 5100, 3 * 4096 - 5100);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* ---- Errors ---- */
 
 /* After an error, all who come share one attempt, and data stays readable */
-static void test_error_shared(void)
+WB_TEST(error_shared, .cluster_size = 64 * KiB, .cache_size = 4 * MiB)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = 4 * MiB,
-    };
-    Test *t = test_new(&config);
     TestOp ops[] = {
         { .t = t, .fn = op_flush },
         { .t = t, .fn = op_reserve, .nb_clusters = 1 },
@@ -1705,19 +1586,11 @@ static void test_error_shared(void)
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
     assert_stat(t, errors, ==, 4);
-
-    test_free(t);
 }
 
 /* The success of another request does not mean that the failed one is there */
-static void test_error_kept(void)
+WB_TEST(error_kept, .cluster_size = 64 * KiB, .cache_size = 4 * MiB)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = 4 * MiB,
-    };
-    Test *t = test_new(&config);
-
     disk_hold(t->disk);
     append_ok(t, 2 * MiB);
     settle();
@@ -1749,19 +1622,12 @@ static void test_error_kept(void)
     disk_release(t->disk);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* A flush stops at the first failure; an error is not forgotten by success */
-static void test_error_fails_fast(void)
+WB_TEST(error_fails_fast, .cluster_size = 64 * KiB, .cache_size = MiB,
+        .max_streams = 8)
 {
-    const TestConfig config = {
-        .cluster_size = 64 * KiB,
-        .cache_size = MiB,
-        .max_streams = 8,
-    };
-    Test *t = test_new(&config);
     TestOp flush[2] = {
         { .t = t, .fn = op_flush },
         { .t = t, .fn = op_flush },
@@ -1806,18 +1672,11 @@ static void test_error_fails_fast(void)
     }
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* With a full cache all writers get the error; what was refused is retried */
-static void test_error_full(void)
+WB_TEST(error_full, .cluster_size = 4096, .cache_size = 4 * 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 4 * 4096,
-    };
-    Test *t = test_new(&config);
     TestOp ops[16];
     unsigned nb_failed = 0;
     unsigned i;
@@ -1863,18 +1722,11 @@ static void test_error_full(void)
                      ops[i].bytes);
     }
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* A reservation made before the error can be used after it */
-static void test_error_reserved(void)
+WB_TEST(error_reserved, .cluster_size = 4096, .cache_size = 16 * 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 16 * 4096,
-    };
-    Test *t = test_new(&config);
     TestOp waiter = { .t = t, .fn = op_reserve, .nb_clusters = 16 };
 
     run_ok(t, op_reserve, .nb_clusters = 1);
@@ -1894,8 +1746,6 @@ static void test_error_reserved(void)
     g_assert_cmpint(op_run(&waiter), ==, 0);
     run_ok(t, op_unreserve, .nb_clusters = 16);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* ---- Drain ---- */
@@ -1974,14 +1824,9 @@ static void test_drain_all(void)
 }
 
 /* A drain waits for what is in flight, not for all that is worth writing */
-static void test_drain_rest(void)
+WB_TEST(drain_rest, .cluster_size = 4096, .cache_size = 64 * 4096,
+        .max_transfer = 4096)
 {
-    Test *t = test_new(&(TestConfig) {
-        .cluster_size = 4096,
-        .cache_size = 64 * 4096,
-        .max_transfer = 4096,
-    });
-
     disk_hold(t->disk);
     append_ok(t, 60 * 4096 + 1);
     settle();
@@ -1998,8 +1843,6 @@ static void test_drain_rest(void)
     g_assert_cmpuint(t->disk->nb_writes, ==, 60);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 static void coroutine_fn co_create_qcow2(void *opaque)
@@ -2094,14 +1937,8 @@ static void test_drain_new(void)
 }
 
 /* A drain ends though nothing can be written, and a flush in it works */
-static void test_drain_error(void)
+WB_TEST(drain_error, .cluster_size = 4096, .cache_size = 16 * 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 16 * 4096,
-    };
-    Test *t = test_new(&config);
-
     disk_hold(t->disk);
     append_ok(t, 15 * 4096 + 1);
     disk_fail(t->disk, EIO, 0);
@@ -2115,20 +1952,12 @@ static void test_drain_error(void)
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
     bdrv_drained_end(t->bs);
-
-    test_free(t);
 }
 
 /* ---- Discard ---- */
 
-static void test_discard(void)
+WB_TEST(discard, .cluster_size = 4096, .cache_size = MiB)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = MiB,
-    };
-    Test *t = test_new(&config);
-
     fill(t->disk->data, 0, DISK_SIZE, 77);
     fill(t->shadow, 0, DISK_SIZE, 77);
 
@@ -2166,18 +1995,11 @@ static void test_discard(void)
     flush_ok(t);
     assert_writes(t->disk, { MiB + 10, 10 });
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* The space can be used by others as soon as a discard returns */
-static void test_discard_in_flight(void)
+WB_TEST(discard_in_flight, .cluster_size = 4096, .cache_size = 8 * 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 8 * 4096,
-    };
-    Test *t = test_new(&config);
     TestOp discard = {
         .t = t, .fn = op_discard, .offset = 4096, .bytes = 4096,
     };
@@ -2211,18 +2033,11 @@ static void test_discard_in_flight(void)
     flush_ok(t);
     assert_writes(t->disk, { 0, 4 * 4096 });
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* The same for a stream that is being flushed, and that goes on meanwhile */
-static void test_discard_stream_in_flight(void)
+WB_TEST(discard_stream_in_flight, .cluster_size = 4096, .cache_size = 8 * 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 8 * 4096,
-    };
-    Test *t = test_new(&config);
     TestOp discard = { .t = t, .fn = op_discard, .bytes = 4096 };
     TestOp flush = { .t = t, .fn = op_flush };
 
@@ -2245,18 +2060,11 @@ static void test_discard_stream_in_flight(void)
     flush_ok(t);
     assert_writes(t->disk, { 0, 100 }, { 0, 50 });
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* What was discarded is not tried again, and its error is gone with it */
-static void test_discard_failed(void)
+WB_TEST(discard_failed, .cluster_size = 4096, .cache_size = 4 * 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 4 * 4096,
-    };
-    Test *t = test_new(&config);
     TestOp discard = { .t = t, .fn = op_discard, .bytes = 2 * 4096 };
 
     /* Failed before */
@@ -2301,18 +2109,11 @@ static void test_discard_failed(void)
     disk_fail(t->disk, 0, 0);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* A discard in a full cache lets those go on who wait for room */
-static void test_discard_makes_room(void)
+WB_TEST(discard_makes_room, .cluster_size = 4096, .cache_size = 4 * 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 4 * 4096,
-    };
-    Test *t = test_new(&config);
     TestOp waiter = { .t = t, .fn = op_write, .offset = MiB, .bytes = 10 };
     TestOp discard = { .t = t, .fn = op_discard, .bytes = 4096 };
 
@@ -2327,8 +2128,6 @@ static void test_discard_makes_room(void)
     assert_no_writes(t->disk);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* ---- Reading ---- */
@@ -2357,15 +2156,9 @@ static void read_everywhere(Test *t)
 }
 
 /* Cached bytes from the cache, the others from the disk, at any boundary */
-static void test_read(void)
+WB_TEST(read, .cluster_size = 4096, .cache_size = MiB, .no_pad = true,
+        .align = 512)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = MiB,
-        .no_pad = true,
-        .align = 512,
-    };
-    Test *t = test_new(&config);
     TestOp flush = { .t = t, .fn = op_flush };
 
     fill(t->disk->data, 0, DISK_SIZE, 77);
@@ -2394,20 +2187,11 @@ static void test_read(void)
     disk_release(t->disk);
     g_assert_cmpint(op_wait(&flush), ==, 0);
     read_everywhere(t);
-
-    test_free(t);
 }
 
 /* What padding is going to overwrite does not come from the disk */
-static void test_read_padding(void)
+WB_TEST(read_padding, .cluster_size = 4096, .cache_size = MiB, .align = 512)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = MiB,
-        .align = 512,
-    };
-    Test *t = test_new(&config);
-
     fill(t->disk->data, 0, DISK_SIZE, 77);
     fill(t->shadow, 0, DISK_SIZE, 77);
     write_ok(t, 1000, 8000);
@@ -2418,18 +2202,10 @@ static void test_read_padding(void)
     g_assert_cmpuint(t->disk->nb_reads, ==, 0);
     run_ok(t, op_read, .offset = 0, .bytes = 32768, .gen = 5000);
     g_assert_cmpuint(t->disk->nb_reads, ==, 2);
-
-    test_free(t);
 }
 
-static void test_gap(void)
+WB_TEST(gap, .cluster_size = 4096, .cache_size = MiB)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = MiB,
-    };
-    Test *t = test_new(&config);
-
     write_ok(t, 1000, 8000);
     g_assert_cmpint(wb_gap(t->wb, 0, 1000), ==, 1000);
     g_assert_cmpint(wb_gap(t->wb, 0, 1001), ==, 1000);
@@ -2444,21 +2220,13 @@ static void test_gap(void)
     g_assert_cmpint(wb_gap(t->wb, 8191, 2), ==, 1);
     wb_end_streams(t->wb);
     g_assert_cmpint(wb_gap(t->wb, 0, DISK_SIZE), ==, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* ---- The child ---- */
 
 /* Without a child the data stays; with a new one it goes there */
-static void test_child(void)
+WB_TEST(child, .cluster_size = 4096, .cache_size = 4 * 4096, .align = 512)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 4 * 4096,
-        .align = 512,
-    };
-    Test *t = test_new(&config);
     BlockDriverState *old_bs = t->disk_bs;
     TestOp op = { .t = t, .fn = op_write, .offset = MiB, .bytes = 4 * 4096 };
 
@@ -2485,24 +2253,17 @@ static void test_child(void)
     assert_no_writes(old_bs->opaque);
 
     bdrv_unref(old_bs);
-    test_free(t);
 }
 
 /* ---- Statistics ---- */
 
-static void test_stats(void)
+WB_TEST(stats, .cluster_size = 4096, .cache_size = 5 * 4096, .no_pad = true)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 5 * 4096,
-        .no_pad = true,
-    };
     WriteBehindOptions opts = {
         .cache_size = 5 * 4096 + 100,
         .cluster_size = 4096,
         .max_streams = 1,
     };
-    Test *t = test_new(&config);
     WriteBehind *wb;
 
     /* The size is in whole clusters */
@@ -2537,18 +2298,11 @@ static void test_stats(void)
     assert_stat(t, read_hits, ==, 2);
     assert_stat(t, read_hit_bytes, ==, 16);
     assert_stat(t, errors, ==, 1);
-
-    test_free(t);
 }
 
 /* What is in flight is not written yet, what is discarded never will be */
-static void test_stats_unwritten(void)
+WB_TEST(stats_unwritten, .cluster_size = 4096, .cache_size = 8 * 4096)
 {
-    Test *t = test_new(&(TestConfig) {
-        .cluster_size = 4096,
-        .cache_size = 8 * 4096,
-    });
-
     disk_hold(t->disk);
     append_ok(t, 8 * 4096);
     g_assert_cmpuint(t->disk->nb_held, >, 0);
@@ -2569,8 +2323,6 @@ static void test_stats_unwritten(void)
     assert_stat(t, unwritten_bytes, ==, 910);
     run_ok(t, op_discard, .offset = 8 * 4096, .bytes = 4096);
     assert_stat(t, unwritten_bytes, ==, 0);
-
-    test_free(t);
 }
 
 /* ---- Age ---- */
@@ -2600,10 +2352,8 @@ static void wait_for_writes(Test *t, unsigned n)
 #define LARGE_CONFIG .cluster_size = 64 * KiB, .cache_size = 4 * MiB
 
 /* What nobody flushes is written nevertheless, once, and not padded */
-static void test_age(void)
+WB_TEST(age, AGE_CONFIG, .align = 512)
 {
-    Test *t = test_new(&(TestConfig) { AGE_CONFIG, .align = 512 });
-
     append_ok(t, 1000);
     settle();
     assert_no_writes(t->disk);
@@ -2626,30 +2376,22 @@ static void test_age(void)
     run_ok(t, op_co_write, .offset = 4096, .bytes = 904, .gen = 2);
     wait_for_writes(t, 1);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* What is young when the timer runs out is written the next time */
-static void test_age_mark(void)
+WB_TEST(age_mark, AGE_CONFIG)
 {
-    Test *t = test_new(&(TestConfig) { AGE_CONFIG });
-
     write_ok(t, 0, 1000);
     write_ok(t, MiB, 1000);
     pass_time();
     assert_writes(t->disk, { 0, 1000 });
     pass_time();
     assert_writes(t->disk, { MiB, 1000 });
-
-    test_free(t);
 }
 
 /* One request at a time, and small ones */
-static void test_age_requests(void)
+WB_TEST(age_requests, LARGE_CONFIG, .max_age_ms = 1)
 {
-    Test *t = test_new(&(TestConfig) { LARGE_CONFIG, .max_age_ms = 1 });
-
     append_ok(t, 640 * KiB);
     append_ok(t, 1);
     settle();
@@ -2664,15 +2406,11 @@ static void test_age_requests(void)
                   { 512 * KiB, 128 * KiB + 1 });
     g_assert_cmpuint(t->disk->max_in_flight, ==, 1);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* Not in a drained section, but after it */
-static void test_age_drained(void)
+WB_TEST(age_drained, AGE_CONFIG)
 {
-    Test *t = test_new(&(TestConfig) { AGE_CONFIG });
-
     append_ok(t, 10 * 4096);
     bdrv_drained_begin(t->bs);
     pass_time();
@@ -2681,15 +2419,11 @@ static void test_age_drained(void)
     bdrv_drained_end(t->bs);
     wait_for_writes(t, 1);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* A drained section that begins meanwhile waits for one request */
-static void test_age_drain_begins(void)
+WB_TEST(age_drain_begins, LARGE_CONFIG, .max_age_ms = 1)
 {
-    Test *t = test_new(&(TestConfig) { LARGE_CONFIG, .max_age_ms = 1 });
-
     append_ok(t, 640 * KiB);
     disk_hold(t->disk);
     pass_time();
@@ -2701,15 +2435,11 @@ static void test_age_drain_begins(void)
     bdrv_drained_end(t->bs);
     wait_for_writes(t, 2);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* Not on a node that is inactive, or whose image is corrupt */
-static void test_age_inactive(void)
+WB_TEST(age_inactive, AGE_CONFIG)
 {
-    Test *t = test_new(&(TestConfig) { AGE_CONFIG });
-
     append_ok(t, 1000);
     t->bs->open_flags |= BDRV_O_INACTIVE;
     pass_time();
@@ -2725,15 +2455,11 @@ static void test_age_inactive(void)
     pass_time();
     assert_no_writes(t->disk);
     t->bs->drv = &bdrv_node;
-
-    test_free(t);
 }
 
 /* One attempt; then it is for a flush or a writer to try again */
-static void test_age_error(void)
+WB_TEST(age_error, AGE_CONFIG)
 {
-    Test *t = test_new(&(TestConfig) { AGE_CONFIG });
-
     append_ok(t, 1000);
     disk_fail(t->disk, EIO, 0);
     pass_time();
@@ -2751,8 +2477,6 @@ static void test_age_error(void)
     wait_for_writes(t, 1);
     assert_writes(t->disk, { 1000, 1000 });
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* The timer is gone with the cache, also when it has run out */
@@ -2774,30 +2498,17 @@ static void test_age_free(void)
 
 /* ---- Settling ---- */
 
-#define SETTLE_CONFIG                                                   \
-    .cluster_size = 4096, .cache_size = 64 * 4096, .max_transfer = 4096
-
-/* Fill the cache so that four requests are in flight, and more to come */
-static Test *test_new_busy(int64_t max_age_ms)
-{
-    Test *t = test_new(&(TestConfig) {
-        SETTLE_CONFIG, .max_age_ms = max_age_ms
-    });
-
-    disk_hold(t->disk);
-    append_ok(t, 60 * 4096 + 1);
-    settle();
-    g_assert_cmpuint(t->disk->nb_held, ==, 4);
-    return t;
-}
+/* The cache is so full that four requests are in flight, and more to come */
+#define BUSY_CONFIG                                                     \
+    .cluster_size = 4096, .cache_size = 64 * 4096, .max_transfer = 4096, \
+    .busy = true
 
 /*
  * Who settles a node waits for what is in flight, but for no more; then a graph
  * change need not wait.  A flush and a writer go on.
  */
-static void test_settle_stop(void)
+WB_TEST(settle_stop, BUSY_CONFIG)
 {
-    Test *t = test_new_busy(0);
     TestOp op = { .t = t, .fn = op_settle, .gen = BDRV_SETTLE_STOP };
     TestOp flush = { .t = t, .fn = op_flush };
 
@@ -2828,14 +2539,11 @@ static void test_settle_stop(void)
     g_assert_cmpint(op_wait(&flush), ==, 0);
     assert_on_disk(t, 0, DISK_SIZE);
     append_ok(t, 4096 * 64);
-
-    test_free(t);
 }
 
 /* It is not for ever: what is left is written after a while */
-static void test_settle_stop_ends(void)
+WB_TEST(settle_stop_ends, BUSY_CONFIG, .max_age_ms = 1)
 {
-    Test *t = test_new_busy(1);
     TestOp op = { .t = t, .fn = op_settle, .gen = BDRV_SETTLE_STOP };
 
     op_start(&op);
@@ -2844,14 +2552,11 @@ static void test_settle_stop_ends(void)
     wait_for_writes(t, 61);
     assert_on_disk(t, 0, DISK_SIZE);
     assert_stat(t, unwritten_bytes, ==, 0);
-
-    test_free(t);
 }
 
 /* One at a time, but at once */
-static void test_settle_idle(void)
+WB_TEST(settle_idle, BUSY_CONFIG)
 {
-    Test *t = test_new_busy(0);
     TestOp op = { .t = t, .fn = op_settle, .gen = BDRV_SETTLE_IDLE };
 
     op_start(&op);
@@ -2867,14 +2572,11 @@ static void test_settle_idle(void)
     disk_release(t->disk);
     wait_for_writes(t, 61);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* In steps, between which the graph can be changed; it ends beside a writer */
-static void test_settle_write(void)
+WB_TEST(settle_write, BUSY_CONFIG)
 {
-    Test *t = test_new_busy(0);
     unsigned steps = 0;
     int ret;
 
@@ -2897,14 +2599,11 @@ static void test_settle_write(void)
     flush_ok(t);
     g_assert_cmpint(run(t, op_settle, .gen = BDRV_SETTLE_WRITE), ==, 0);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* While requests are in flight, it sleeps */
-static void test_settle_write_waits(void)
+WB_TEST(settle_write_waits, BUSY_CONFIG)
 {
-    Test *t = test_new_busy(0);
     TestOp op = { .t = t, .fn = op_settle, .gen = BDRV_SETTLE_WRITE };
 
     op_start(&op);
@@ -2917,14 +2616,11 @@ static void test_settle_write_waits(void)
     g_assert_cmpint(op.ret, ==, 1);
     disk_release(t->disk);
     flush_ok(t);
-
-    test_free(t);
 }
 
 /* A node above one that has a cache, and one whose image is corrupt */
-static void test_settle_graph(void)
+WB_TEST(settle_graph, BUSY_CONFIG)
 {
-    Test *t = test_new_busy(0);
     BlockDriverState *raw;
     BlockBackend *blk;
     QDict *opts = qdict_new();
@@ -2953,16 +2649,12 @@ static void test_settle_graph(void)
     blk_unref(blk);
     bdrv_unref(raw);
     flush_ok(t);
-
-    test_free(t);
 }
 
 /* ---- Writing out in the background ---- */
 
-static void test_start_write_out(void)
+WB_TEST(start_write_out, LARGE_CONFIG)
 {
-    Test *t = test_new(&(TestConfig) { LARGE_CONFIG });
-
     /* Nothing to write */
     nb_written_out = 0;
     wb_start_write_out(t->wb);
@@ -2994,15 +2686,11 @@ static void test_start_write_out(void)
     }
     g_assert_cmpuint(nb_written_out, ==, 3);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* What has failed is tried once; a flush that succeeds ends it */
-static void test_start_write_out_error(void)
+WB_TEST(start_write_out_error, LARGE_CONFIG, .max_age_ms = 1)
 {
-    Test *t = test_new(&(TestConfig) { LARGE_CONFIG, .max_age_ms = 1 });
-
     nb_written_out = 0;
     append_ok(t, 640 * KiB);
     disk_fail(t->disk, EIO, 0);
@@ -3031,8 +2719,6 @@ static void test_start_write_out_error(void)
     pass_time();
     g_assert_cmpuint(nb_written_out, ==, 2);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 /* ---- Life time ---- */
@@ -3050,49 +2736,28 @@ static int coroutine_fn op_free(TestOp *op)
 }
 
 /* A worker that was created, but did not begin, finds nothing to work on */
-static void test_free_pending(void)
+WB_TEST(free_pending, .cluster_size = 4096, .cache_size = 4 * 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 4 * 4096,
-    };
-    Test *t = test_new(&config);
-
     run_ok(t, op_free, .bytes = 4 * 4096);
     bdrv_drained_begin(t->bs);
     bdrv_drained_end(t->bs);
     assert_no_writes(t->disk);
-
-    test_free(t);
 }
 
 /* Data that could not be written is no obstacle to closing the node */
-static void test_close_error(void)
+WB_TEST(close_error, .cluster_size = 4096, .cache_size = 4 * 4096)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 4 * 4096,
-    };
-    Test *t = test_new(&config);
-
     disk_fail(t->disk, EIO, 0);
     append_ok(t, 4 * 4096);
     g_assert_cmpint(run(t, op_flush), ==, -EIO);
-
-    test_free(t);
 }
 
 /* ---- Several threads, and writers of the graph ---- */
 
 /* Change the graph somewhere else while there are waiters */
-static void test_graph_change(void)
+WB_TEST(graph_change, .cluster_size = 4096, .cache_size = 4 * 4096,
+        .align = 512)
 {
-    const TestConfig config = {
-        .cluster_size = 4096,
-        .cache_size = 4 * 4096,
-        .align = 512,
-    };
-    Test *t = test_new(&config);
     TestOp flush = { .t = t, .fn = op_flush };
     TestOp ops[16];
     unsigned i;
@@ -3117,8 +2782,6 @@ static void test_graph_change(void)
     g_assert_cmpint(op_wait(&flush), ==, 0);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
-
-    test_free(t);
 }
 
 typedef struct WriterTest {
@@ -3558,76 +3221,80 @@ int main(int argc, char **argv)
     qemu_init_main_loop(&error_abort);
     g_test_init(&argc, &argv, NULL);
 
-#define ADD(name, func) g_test_add_func("/write-behind/" name, func)
-    ADD("issue/large-requests", test_large_requests);
-    ADD("issue/request-size", test_request_size);
-    ADD("issue/full-request", test_full_request);
-    ADD("issue/limits-change", test_limits_change);
-    ADD("issue/large-alignment", test_large_alignment);
-    ADD("issue/no-pad", test_no_pad);
-    ADD("flush/all", test_flush);
-    ADD("flush/not-in-coroutine", test_not_in_coroutine);
-    ADD("flush/in-flight", test_flush_in_flight);
-    ADD("flush/growing", test_flush_growing);
-    ADD("flush/growing-later", test_flush_growing_later);
-    ADD("flush/terminates", test_flush_terminates);
-    ADD("bound/writers", test_bound);
-    ADD("bound/clusters", test_bound_clusters);
-    ADD("bound/order", test_reserve_order);
-    ADD("bound/streams-end", test_streams_end);
-    ADD("bound/streams-stay", test_streams_stay);
-    ADD("refused", test_refused);
-    ADD("error/shared-attempt", test_error_shared);
-    ADD("error/kept", test_error_kept);
-    ADD("error/fails-fast", test_error_fails_fast);
-    ADD("error/full", test_error_full);
-    ADD("error/reserved", test_error_reserved);
-    ADD("drain/node", test_drain);
-    ADD("drain/all", test_drain_all);
-    ADD("drain/rest", test_drain_rest);
-    ADD("drain/new", test_drain_new);
-    ADD("drain/qcow2", test_drain_qcow2);
-    ADD("drain/error", test_drain_error);
-    ADD("discard/cached", test_discard);
-    ADD("discard/in-flight", test_discard_in_flight);
-    ADD("discard/stream-in-flight", test_discard_stream_in_flight);
-    ADD("discard/failed", test_discard_failed);
-    ADD("discard/makes-room", test_discard_makes_room);
-    ADD("read/boundaries", test_read);
-    ADD("read/padding", test_read_padding);
-    ADD("read/gap", test_gap);
-    ADD("child", test_child);
-    ADD("write-out/range", test_write_out);
-    ADD("write-out/error", test_write_out_error);
-    ADD("overwrite", test_overwrite);
-    ADD("append", test_append);
-    ADD("stats/all", test_stats);
-    ADD("stats/unwritten", test_stats_unwritten);
-    ADD("age/written", test_age);
-    ADD("age/mark", test_age_mark);
-    ADD("age/requests", test_age_requests);
-    ADD("age/drained", test_age_drained);
-    ADD("age/drain-begins", test_age_drain_begins);
-    ADD("age/inactive", test_age_inactive);
-    ADD("age/error", test_age_error);
-    ADD("age/free", test_age_free);
-    ADD("settle/stop", test_settle_stop);
-    ADD("settle/stop-ends", test_settle_stop_ends);
-    ADD("settle/idle", test_settle_idle);
-    ADD("settle/write", test_settle_write);
-    ADD("settle/write-waits", test_settle_write_waits);
-    ADD("settle/graph", test_settle_graph);
-    ADD("start-write-out/done", test_start_write_out);
-    ADD("start-write-out/error", test_start_write_out_error);
-    ADD("free/pending-worker", test_free_pending);
-    ADD("free/after-error", test_close_error);
-    ADD("graph-change/waiters", test_graph_change);
-    ADD("graph-change/worker", test_graph_worker);
-    ADD("iothreads/concurrent", test_iothreads);
-    ADD("iothreads/move", test_iothreads_move);
-    ADD("iothreads/graph-change", test_iothreads_graph);
-    ADD("random", test_random);
+#define ADD_FUNC(name, func) g_test_add_func("/write-behind/" name, func)
+#define ADD(path, name)                                                 \
+    g_test_add("/write-behind/" path, Test, &config_##name, test_set_up, \
+               test_##name, test_tear_down)
+    ADD("issue/large-requests", large_requests);
+    ADD_FUNC("issue/request-size", test_request_size);
+    ADD("issue/full-request", full_request);
+    ADD("issue/limits-change", limits_change);
+    ADD("issue/large-alignment", large_alignment);
+    ADD("issue/no-pad", no_pad);
+    ADD("flush/all", flush);
+    ADD("flush/not-in-coroutine", not_in_coroutine);
+    ADD("flush/in-flight", flush_in_flight);
+    ADD("flush/growing", flush_growing);
+    ADD("flush/growing-later", flush_growing_later);
+    ADD("flush/terminates", flush_terminates);
+    ADD_FUNC("bound/writers", test_bound);
+    ADD("bound/clusters", bound_clusters);
+    ADD("bound/order", reserve_order);
+    ADD("bound/streams-end", streams_end);
+    ADD("bound/streams-stay", streams_stay);
+    ADD("refused", refused);
+    ADD("error/shared-attempt", error_shared);
+    ADD("error/kept", error_kept);
+    ADD("error/fails-fast", error_fails_fast);
+    ADD("error/full", error_full);
+    ADD("error/reserved", error_reserved);
+    ADD_FUNC("drain/node", test_drain);
+    ADD_FUNC("drain/all", test_drain_all);
+    ADD("drain/rest", drain_rest);
+    ADD_FUNC("drain/new", test_drain_new);
+    ADD_FUNC("drain/qcow2", test_drain_qcow2);
+    ADD("drain/error", drain_error);
+    ADD("discard/cached", discard);
+    ADD("discard/in-flight", discard_in_flight);
+    ADD("discard/stream-in-flight", discard_stream_in_flight);
+    ADD("discard/failed", discard_failed);
+    ADD("discard/makes-room", discard_makes_room);
+    ADD("read/boundaries", read);
+    ADD("read/padding", read_padding);
+    ADD("read/gap", gap);
+    ADD("child", child);
+    ADD("write-out/range", write_out);
+    ADD("write-out/error", write_out_error);
+    ADD("overwrite", overwrite);
+    ADD("append", append);
+    ADD("stats/all", stats);
+    ADD("stats/unwritten", stats_unwritten);
+    ADD("age/written", age);
+    ADD("age/mark", age_mark);
+    ADD("age/requests", age_requests);
+    ADD("age/drained", age_drained);
+    ADD("age/drain-begins", age_drain_begins);
+    ADD("age/inactive", age_inactive);
+    ADD("age/error", age_error);
+    ADD_FUNC("age/free", test_age_free);
+    ADD("settle/stop", settle_stop);
+    ADD("settle/stop-ends", settle_stop_ends);
+    ADD("settle/idle", settle_idle);
+    ADD("settle/write", settle_write);
+    ADD("settle/write-waits", settle_write_waits);
+    ADD("settle/graph", settle_graph);
+    ADD("start-write-out/done", start_write_out);
+    ADD("start-write-out/error", start_write_out_error);
+    ADD("free/pending-worker", free_pending);
+    ADD("free/after-error", close_error);
+    ADD("graph-change/waiters", graph_change);
+    ADD_FUNC("graph-change/worker", test_graph_worker);
+    ADD_FUNC("iothreads/concurrent", test_iothreads);
+    ADD_FUNC("iothreads/move", test_iothreads_move);
+    ADD_FUNC("iothreads/graph-change", test_iothreads_graph);
+    ADD_FUNC("random", test_random);
 #undef ADD
+#undef ADD_FUNC
 
     return g_test_run();
 }
