@@ -20,8 +20,8 @@
  *   failed, a qcow2 image on it is not corrupt.
  *
  * Each request fails in one of these ways, by turns; where there are too many,
- * every fourth.  With TEST_FAULTS_SEED=N each fails in all of them; N decides
- * about partial changes.
+ * every fourth.  With -m slow each fails in all of them; --seed decides about
+ * partial changes then.
  * TEST_FAULTS_ONLY=N lets only request N fail, and says what that leads to.
  */
 
@@ -668,6 +668,7 @@ static void test_stack(const void *opaque)
     const unsigned every = every_way ? 1 : stack->every ?: 1;
     unsigned nb_requests[ARRAY_SIZE(kinds)];
 
+    seed = every_way ? g_test_rand_int() : 0;
     nb_runs = 0;
     for (int k = 0; k < ARRAY_SIZE(kinds); k++) {
         unsigned first = only ?: 1;
@@ -767,26 +768,18 @@ static void on_alarm(int sig)
     _exit(ret > 0 ? 1 : 2);
 }
 
-/* Returns: whether it is set */
-static bool get_env(const char *name, unsigned *value)
-{
-    const char *env = g_getenv(name);
-
-    g_assert(!env || qemu_strtoui(env, NULL, 0, value) == 0);
-    return env;
-}
-
 int main(int argc, char **argv)
 {
     struct sigaction sa = { .sa_handler = on_alarm };
+    const char *env = g_getenv("TEST_FAULTS_ONLY");
 
     bdrv_init();
     qemu_init_main_loop(&error_abort);
     g_test_init(&argc, &argv, NULL);
+    every_way = g_test_slow();
     sigaction(SIGALRM, &sa, NULL);
 
-    every_way = get_env("TEST_FAULTS_SEED", &seed);
-    get_env("TEST_FAULTS_ONLY", &only);
+    g_assert(!env || qemu_strtoui(env, NULL, 0, &only) == 0);
     bdrv_graph_wrlock();
     bdrv_disk_extents = bdrv_disk;
     bdrv_disk_extents.bdrv_co_block_extents = disk_co_block_extents;

@@ -12,9 +12,8 @@
  * compared with that.  Byte ranges are locked, so that requests that run at
  * the same time do not overlap; but they share blocks and clusters.
  *
- * Environment variables:
- * TEST_SEQCACHE_SEED: seed.  Without iothreads, the same seed does the same.
- * TEST_SEQCACHE_OPS: number of operations, in all cases together.
+ * Without iothreads, the same --seed does the same.  The environment variable
+ * TEST_SEQCACHE_OPS is the number of operations, in all cases together.
  */
 
 #include "qemu/osdep.h"
@@ -27,7 +26,6 @@
 #define NB_USERS 12
 #define NB_CASES 9
 
-static unsigned seed;
 static unsigned nb_ops = 60000;
 
 /* ---- Operations ---- */
@@ -545,11 +543,11 @@ static void test_random(const void *opaque)
     SeqCacheTest *t = r.t;
     User users[NB_USERS];
     IOThread *iothreads[2];
+    unsigned seed = g_test_rand_int();
     GRand *rand = g_rand_new_with_seed(seed);
     BlockStatsSpecific *stats;
     unsigned i;
 
-    g_test_message("TEST_SEQCACHE_SEED=%u TEST_SEQCACHE_OPS=%u", seed, nb_ops);
     qemu_mutex_init(&r.lock);
     qemu_co_queue_init(&r.waiters);
     QTAILQ_INIT(&r.locks);
@@ -635,26 +633,16 @@ static const RandomCase cases[NB_CASES] = {
       .errors = true, .threads = true },
 };
 
-static void get_env(const char *name, unsigned *value)
-{
-    const char *env = g_getenv(name);
-
-    if (env) {
-        g_assert_cmpint(qemu_strtoui(env, NULL, 0, value), ==, 0);
-    }
-}
-
 int main(int argc, char **argv)
 {
+    const char *env = g_getenv("TEST_SEQCACHE_OPS");
     size_t i;
 
     bdrv_init();
     qemu_init_main_loop(&error_abort);
     g_test_init(&argc, &argv, NULL);
 
-    seed = g_random_int();
-    get_env("TEST_SEQCACHE_SEED", &seed);
-    get_env("TEST_SEQCACHE_OPS", &nb_ops);
+    g_assert(!env || qemu_strtoui(env, NULL, 0, &nb_ops) == 0);
 
     for (i = 0; i < NB_CASES; i++) {
         g_autofree char *path = g_strdup_printf("/seqcache-filter/random/%s",

@@ -10,8 +10,7 @@
  * requests to a WriteBehind.  Its file child is a test disk in memory that
  * records the requests it gets, and that can hold, delay or fail them.
  *
- * The random test takes its seed from the environment variable
- * TEST_WRITE_BEHIND_SEED.  For a given seed it always does the same.
+ * For a given --seed the random test always does the same.
  */
 
 #include "qemu/osdep.h"
@@ -20,7 +19,6 @@
 #include "block/seqcache-compat.h"
 #include "block/write-behind.h"
 #include "qobject/qdict.h"
-#include "qemu/cutils.h"
 #include "qemu/main-loop.h"
 #include "qemu/units.h"
 #include "system/block-backend.h"
@@ -826,6 +824,8 @@ static void ops_finish(TestOp *ops, unsigned n, int ret)
     op_run(&(TestOp) { .t = (t_), .fn = (fn_), __VA_ARGS__ })
 
 #define run_ok(t, fn, ...) g_assert_cmpint(run(t, fn, __VA_ARGS__), ==, 0)
+#define run_fails(t, ret, fn, ...) \
+    g_assert_cmpint(run(t, fn, __VA_ARGS__), ==, ret)
 
 static void write_ok(Test *t, int64_t offset, int64_t bytes)
 {
@@ -908,7 +908,7 @@ WB_TEST(write_out_error, .cluster_size = 64 * KiB, .cache_size = 4 * MiB,
 {
     write_ok(t, 0, 1000);
     disk_fail(t->disk, EIO, 0);
-    g_assert_cmpint(run(t, op_write_out, .offset = 0, .bytes = 1), ==, -EIO);
+    run_fails(t, -EIO, op_write_out, .offset = 0, .bytes = 1);
     g_assert_true(wb_is_dirty(t->wb));
     read_ok(t, 0, 2000);
     disk_fail(t->disk, 0, 0);
@@ -921,8 +921,7 @@ WB_TEST(overwrite, .cluster_size = 64 * KiB, .cache_size = 4 * MiB,
 {
     TestOp flush = { .t = t, .fn = op_flush };
 
-    g_assert_cmpint(run(t, op_co_write, .offset = 0, .bytes = 1), ==,
-                    -EAGAIN);
+    run_fails(t, -EAGAIN, op_co_write, .offset = 0, .bytes = 1);
     write_ok(t, 0, 1000);
     run_ok(t, op_co_write, .offset = 100, .bytes = 900, .gen = 2);
     read_ok(t, 0, 2000);
@@ -937,8 +936,7 @@ WB_TEST(overwrite, .cluster_size = 64 * KiB, .cache_size = 4 * MiB,
     settle();
 
     /* What is in flight must stay as it is */
-    g_assert_cmpint(run(t, op_co_write, .offset = 500, .bytes = 10,
-                        .gen = 4), ==, -EAGAIN);
+    run_fails(t, -EAGAIN, op_co_write, .offset = 500, .bytes = 10, .gen = 4);
     disk_release(t->disk);
     g_assert_cmpint(op_wait(&flush), ==, 0);
     assert_on_disk(t, 0, 2000);
@@ -949,11 +947,10 @@ WB_TEST(overwrite, .cluster_size = 64 * KiB, .cache_size = 4 * MiB,
 /* What goes on inside of a cluster is taken without a reservation */
 WB_TEST(append, .cluster_size = 4096, .cache_size = 2 * 4096, .align = 512)
 {
-    g_assert_cmpint(run(t, op_co_write, .offset = 0, .bytes = 1), ==, -EAGAIN);
+    run_fails(t, -EAGAIN, op_co_write, .offset = 0, .bytes = 1);
     write_ok(t, 0, 1000);
     write_ok(t, 8192, 1000);
-    g_assert_cmpint(run(t, op_co_write, .offset = 1001, .bytes = 1), ==,
-                    -EAGAIN);
+    run_fails(t, -EAGAIN, op_co_write, .offset = 1001, .bytes = 1);
     /* The cache is full, and stays as it is */
     run_ok(t, op_co_write, .offset = 1000, .bytes = 1000);
     run_ok(t, op_co_write, .offset = 9192, .bytes = 1000);
@@ -965,21 +962,19 @@ WB_TEST(append, .cluster_size = 4096, .cache_size = 2 * 4096, .align = 512)
 
     /* Writers learn of an error, though there would be room */
     disk_fail(t->disk, EIO, 0);
-    g_assert_cmpint(run(t, op_flush), ==, -EIO);
-    g_assert_cmpint(run(t, op_co_write, .offset = 2000, .bytes = 1), ==, -EIO);
+    run_fails(t, -EIO, op_flush);
+    run_fails(t, -EIO, op_co_write, .offset = 2000, .bytes = 1);
     disk_fail(t->disk, 0, 0);
     flush_ok(t);
 
     /* No more than what is in the first cluster, and no more streams unasked */
-    g_assert_cmpint(run(t, op_co_write, .offset = 2000, .bytes = 5000), ==,
-                    -EAGAIN);
+    run_fails(t, -EAGAIN, op_co_write, .offset = 2000, .bytes = 5000);
     g_assert_cmpint(wb_gap(t->wb, 4096, 4096), ==, 4096);
-    g_assert_cmpint(run(t, op_co_write, .offset = 4096, .bytes = 1), ==,
-                    -EAGAIN);
+    run_fails(t, -EAGAIN, op_co_write, .offset = 4096, .bytes = 1);
     run_ok(t, op_co_write, .offset = 4096, .bytes = 1, .nb_clusters = 1);
     g_assert_true(wb_continues(t->wb, 4097));
-    g_assert_cmpint(run(t, op_co_write, .offset = 4098, .bytes = 1,
-                        .nb_clusters = 1), ==, -EAGAIN);
+    run_fails(t, -EAGAIN, op_co_write, .offset = 4098, .bytes = 1,
+              .nb_clusters = 1);
     flush_ok(t);
     assert_on_disk(t, 0, 16384);
 }
@@ -1428,9 +1423,8 @@ WB_TEST(reserve_order, .cluster_size = 4096, .cache_size = 8 * 4096)
     run_ok(t, op_unreserve, .nb_clusters = 1);
 
     /* All of it is possible, and what never fits is refused */
-    g_assert_cmpint(run(t, op_reserve, .nb_clusters = 9), ==, -EINVAL);
-    g_assert_cmpint(run(t, op_reserve, .nb_clusters = UINT64_MAX), ==,
-                    -EINVAL);
+    run_fails(t, -EINVAL, op_reserve, .nb_clusters = 9);
+    run_fails(t, -EINVAL, op_reserve, .nb_clusters = UINT64_MAX);
     run_ok(t, op_reserve, .nb_clusters = 0);
     run_ok(t, op_reserve, .nb_clusters = 8);
     run_ok(t, op_unreserve, .nb_clusters = 8);
@@ -1493,8 +1487,8 @@ WB_TEST(streams_stay, .cluster_size = 4096, .cache_size = 2 * 4096)
     g_assert_true(wb_continues(t->wb, MiB + 100));
 
     /* A write that is refused uses its reservation up as well */
-    g_assert_cmpint(run(t, op_accept, .nb_clusters = 1, .offset = MiB + 200,
-                        .bytes = 1), ==, -EBUSY);
+    run_fails(t, -EBUSY, op_accept, .nb_clusters = 1, .offset = MiB + 200,
+              .bytes = 1);
     run_ok(t, op_reserve, .nb_clusters = 2);
     run_ok(t, op_unreserve, .nb_clusters = 2);
     flush_ok(t);
@@ -1522,8 +1516,8 @@ WB_TEST(refused, .cluster_size = 4096, .cache_size = 16 * 4096)
     write_ok(t, 5000, 100);
     write_ok(t, 3 * 4096, 4096);
     for (i = 0; i < ARRAY_SIZE(bad); i++) {
-        g_assert_cmpint(run(t, op_write, .offset = bad[i].offset,
-                            .bytes = bad[i].bytes, .gen = 9), ==, -EBUSY);
+        run_fails(t, -EBUSY, op_write, .offset = bad[i].offset,
+              .bytes = bad[i].bytes, .gen = 9);
         read_ok(t, 0, 64 * KiB);
         assert_stat(t, cached_bytes, ==, 100 + 4096);
     }
@@ -1606,7 +1600,7 @@ WB_TEST(error_kept, .cluster_size = 64 * KiB, .cache_size = 4 * MiB)
 
     /* There is room, but first the failed one is tried once more */
     disk_fail(t->disk, ENOSPC, 0);
-    g_assert_cmpint(run(t, op_append, .bytes = 1), ==, -ENOSPC);
+    run_fails(t, -ENOSPC, op_append, .bytes = 1);
     assert_writes(t->disk, { 0, MiB });
     disk_fail(t->disk, 0, 0);
     append_ok(t, 1);
@@ -1639,13 +1633,13 @@ WB_TEST(error_fails_fast, .cluster_size = 64 * KiB, .cache_size = MiB,
         write_ok(t, i * MiB, 1000);
     }
     disk_fail(t->disk, EIO, 0);
-    g_assert_cmpint(run(t, op_flush), ==, -EIO);
+    run_fails(t, -EIO, op_flush);
     n = t->disk->nb_writes;
     g_assert_cmpuint(n, <=, 4);
 
     /* One that succeeds and one that fails: not all is written */
     disk_fail(t->disk, ENOSPC, 1);
-    g_assert_cmpint(run(t, op_flush), ==, -ENOSPC);
+    run_fails(t, -ENOSPC, op_flush);
     g_assert_cmpuint(t->disk->nb_writes, >=, n + 2);
     g_assert_cmpuint(t->disk->nb_writes, <=, n + 5);
     read_ok(t, 0, DISK_SIZE);
@@ -1704,8 +1698,8 @@ WB_TEST(error_full, .cluster_size = 4096, .cache_size = 4 * 4096)
     read_ok(t, 0, DISK_SIZE);
 
     /* It is the same at any later time */
-    g_assert_cmpint(run(t, op_write, .offset = MiB, .bytes = 1), ==, -ENOSPC);
-    g_assert_cmpint(run(t, op_flush), ==, -ENOSPC);
+    run_fails(t, -ENOSPC, op_write, .offset = MiB, .bytes = 1);
+    run_fails(t, -ENOSPC, op_flush);
 
     disk_fail(t->disk, 0, 0);
     for (i = 0; i < ARRAY_SIZE(ops); i++) {
@@ -1737,7 +1731,7 @@ WB_TEST(error_reserved, .cluster_size = 4096, .cache_size = 16 * 4096)
 
     run_ok(t, op_accept, .nb_clusters = 1, .offset = MiB, .bytes = 100);
     disk_fail(t->disk, EIO, 0);
-    g_assert_cmpint(run(t, op_flush), ==, -EIO);
+    run_fails(t, -EIO, op_flush);
     g_assert_cmpint(op_wait(&waiter), ==, -EIO);
     run_ok(t, op_accept, .nb_clusters = 2, .offset = 2 * MiB, .bytes = 5000);
     read_ok(t, 0, DISK_SIZE);
@@ -1947,7 +1941,7 @@ WB_TEST(drain_error, .cluster_size = 4096, .cache_size = 16 * 4096)
     g_assert_cmpuint(t->disk->nb_in_flight, ==, 0);
     assert_stat(t, cached_bytes, ==, 15 * 4096 + 1);
 
-    g_assert_cmpint(run(t, op_flush), ==, -EIO);
+    run_fails(t, -EIO, op_flush);
     disk_fail(t->disk, 0, 0);
     flush_ok(t);
     assert_on_disk(t, 0, DISK_SIZE);
@@ -2050,7 +2044,7 @@ WB_TEST(discard_stream_in_flight, .cluster_size = 4096, .cache_size = 8 * 4096)
     settle();
     g_assert_false(op_done(&discard));
     g_assert_false(wb_continues(t->wb, 200));
-    g_assert_cmpint(run(t, op_write, .offset = 0, .bytes = 1), ==, -EBUSY);
+    run_fails(t, -EBUSY, op_write, .offset = 0, .bytes = 1);
 
     disk_release(t->disk);
     g_assert_cmpint(op_wait(&discard), ==, 0);
@@ -2102,7 +2096,7 @@ WB_TEST(discard_failed, .cluster_size = 4096, .cache_size = 4 * 4096)
     disk_fail(t->disk, EIO, 0);
     write_ok(t, 0, 4 * 4096);
     settle();
-    g_assert_cmpint(run(t, op_write, .offset = MiB, .bytes = 1), ==, -EIO);
+    run_fails(t, -EIO, op_write, .offset = MiB, .bytes = 1);
     run_ok(t, op_discard, .offset = 0, .bytes = DISK_SIZE);
     g_array_set_size(t->disk->log, 0);
     write_ok(t, MiB, 4 * 4096 - 1);
@@ -2233,9 +2227,8 @@ WB_TEST(child, .cluster_size = 4096, .cache_size = 4 * 4096, .align = 512)
     write_ok(t, 0, 1000);
     test_detach(t);
     read_ok(t, 0, 1000);
-    g_assert_cmpint(run(t, op_read, .offset = 0, .bytes = 4097), ==,
-                    -ENOMEDIUM);
-    g_assert_cmpint(run(t, op_flush), ==, -ENOMEDIUM);
+    run_fails(t, -ENOMEDIUM, op_read, .offset = 0, .bytes = 4097);
+    run_fails(t, -ENOMEDIUM, op_flush);
     g_assert_cmpint(op_run(&op), ==, -ENOMEDIUM);
     read_ok(t, 0, 1000);
     assert_no_writes(t->disk);
@@ -2280,10 +2273,10 @@ WB_TEST(stats, .cluster_size = 4096, .cache_size = 5 * 4096, .no_pad = true)
     read_ok(t, 4390, 100);      /* 6 bytes of it */
     read_ok(t, MiB, 10);        /* none */
     disk_fail(t->disk, EIO, 0);
-    g_assert_cmpint(run(t, op_flush), ==, -EIO);
+    run_fails(t, -EIO, op_flush);
     disk_fail(t->disk, 0, 0);
     flush_ok(t);                /* 4096 bytes; 300 of them stay in the cache */
-    g_assert_cmpint(run(t, op_write, .offset = 4100, .bytes = 5), ==, -EBUSY);
+    run_fails(t, -EBUSY, op_write, .offset = 4100, .bytes = 5);
     write_ok(t, MiB, 4000);
 
     assert_stat(t, cache_size, ==, 5 * 4096);
@@ -2468,7 +2461,7 @@ WB_TEST(age_error, AGE_CONFIG)
     pass_time();
     pass_time();
     assert_no_writes(t->disk);
-    g_assert_cmpint(run(t, op_flush), ==, -EIO);
+    run_fails(t, -EIO, op_flush);
     disk_fail(t->disk, 0, 0);
     flush_ok(t);
     g_array_set_size(t->disk->log, 0);
@@ -2582,7 +2575,7 @@ WB_TEST(settle_write, BUSY_CONFIG)
 
     disk_fail(t->disk, EIO, 0);
     disk_release(t->disk);
-    g_assert_cmpint(run(t, op_settle, .gen = BDRV_SETTLE_WRITE), ==, -EIO);
+    run_fails(t, -EIO, op_settle, .gen = BDRV_SETTLE_WRITE);
     disk_fail(t->disk, 0, 0);
 
     t->disk->max_hops = 3;
@@ -2694,7 +2687,7 @@ WB_TEST(start_write_out_error, LARGE_CONFIG, .max_age_ms = 1)
     nb_written_out = 0;
     append_ok(t, 640 * KiB);
     disk_fail(t->disk, EIO, 0);
-    g_assert_cmpint(run(t, op_flush), ==, -EIO);
+    run_fails(t, -EIO, op_flush);
     g_array_set_size(t->disk->log, 0);
     wb_start_write_out(t->wb);
     pass_time();
@@ -2713,7 +2706,7 @@ WB_TEST(start_write_out_error, LARGE_CONFIG, .max_age_ms = 1)
     /* It goes on when the first attempt is a success */
     append_ok(t, 640 * KiB);
     disk_fail(t->disk, EIO, 0);
-    g_assert_cmpint(run(t, op_flush), ==, -EIO);
+    run_fails(t, -EIO, op_flush);
     disk_fail(t->disk, 0, 0);
     wb_start_write_out(t->wb);
     pass_time();
@@ -2749,7 +2742,7 @@ WB_TEST(close_error, .cluster_size = 4096, .cache_size = 4 * 4096)
 {
     disk_fail(t->disk, EIO, 0);
     append_ok(t, 4 * 4096);
-    g_assert_cmpint(run(t, op_flush), ==, -EIO);
+    run_fails(t, -EIO, op_flush);
 }
 
 /* ---- Several threads, and writers of the graph ---- */
@@ -3202,14 +3195,9 @@ static void test_random(void)
         { .cluster_size = 16 * KiB, .cache_size = 512 * KiB, .align = 512,
           .max_streams = 3, .no_pad = true },
     };
-    const char *env = g_getenv("TEST_WRITE_BEHIND_SEED");
-    unsigned seed = g_random_int();
+    unsigned seed = g_test_rand_int();
     size_t i;
 
-    if (env) {
-        g_assert_cmpint(qemu_strtoui(env, NULL, 0, &seed), ==, 0);
-    }
-    g_test_message("TEST_WRITE_BEHIND_SEED=%u", seed);
     for (i = 0; i < ARRAY_SIZE(configs); i++) {
         random_case(&configs[i], seed + i);
     }
