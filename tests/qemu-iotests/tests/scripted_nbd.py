@@ -605,6 +605,91 @@ class NbdTestCase(iotests.QMPTestCase):
         self.assertIn(error, res.stderr)
 
 
+def disconnect(conn: Connection, _req: Request) -> None:
+    """A handler that drops the connection instead of answering"""
+    conn.disconnect()
+
+
+class ReconnectTestCase(NbdTestCase):
+    """
+    What tests have in common in which the client connects again, and finds
+    the export changed
+    """
+
+    output = ''  # Of the last qemu-io, with warnings
+
+    @staticmethod
+    def results(output: str) -> List[str]:
+        """
+        What qemu-io says, without how fast it was, warnings, and what
+        sanitizers say
+        """
+        return [line for line in output.splitlines()
+                if ' ops; ' not in line and ' warning: ' not in line and
+                not line.startswith('==')]
+
+    def run_io(self, *commands: str) -> List[str]:
+        """What qemu-io prints if it may reconnect"""
+        self.output = self.qemu_io(*commands, reconnect_delay=30)
+        return self.results(self.output)
+
+    def reconnect(self, change: Callable[[], None], *commands: str
+                  ) -> List[str]:
+        """
+        Make a change and disconnect while the client reads.  Returns what
+        qemu-io prints for that read and for the commands that come then.
+        """
+        self.server.at_connect += [lambda: None, change]
+        self.server.scripts[READ].append(disconnect)
+        return self.run_io('read 0 512', *commands)
+
+    def check_refused(self, change: Callable[[], None], warning: str,
+                      *commands: str) -> None:
+        """No request gets through, and a message says why, once"""
+        lines = self.reconnect(change, *commands)
+        self.assertEqual(len(lines), 1 + len(commands), lines)
+        for line in lines:
+            self.assertIn('Input/output error', line)
+        self.assertEqual(self.output.count(' warning: '), 1)
+        self.assertIn(warning, self.output)
+        self.assertEqual(self.server.count(WRITE, TRIM, WRITE_ZEROES), 0)
+        self.assertEqual(self.server.count(READ), 1)
+
+    def set(self, **kwargs: object) -> Callable[[], None]:
+        def change() -> None:
+            for name, value in kwargs.items():
+                setattr(self.server, name, value)
+
+        return change
+
+    def lose(self, flag: int) -> Callable[[], None]:
+        return self.set(flags=self.server.flags & ~flag)
+
+    def change_during(self, kind: int, change: Callable[[], None]) -> None:
+        """The next request of this kind has to be sent again"""
+        def handle(conn: Connection, _req: Request) -> None:
+            change()
+            conn.disconnect()
+
+        self.server.scripts[kind].append(handle)
+
+    def lose_during(self, kind: int, flag: int) -> None:
+        self.change_during(kind, self.lose(flag))
+
+    def kinds(self) -> List[int]:
+        return [req.type for req in self.server.requests]
+
+    def check_fixed(self, *changes: Callable[[], None]) -> None:
+        """When the old export is back, the node works again"""
+        self.server.at_connect += [lambda: None, *changes]
+        self.server.scripts[READ].append(disconnect)
+        tries = itertools.repeat(['read 0 512', 'sleep 100'], 20)
+        lines = self.run_io(*itertools.chain.from_iterable(tries))
+        self.assertIn('Input/output error', lines[0])
+        self.assertEqual(lines[-1], 'read 512/512 bytes at offset 0')
+        self.assertEqual(self.server.connections, 3)
+
+
 def describe(extent: Dict[str, Any]) -> str:
     """In words, what qemu-img map says about an extent"""
     return ('data' if extent['data'] else 'hole') + \
