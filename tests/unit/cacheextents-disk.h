@@ -8,8 +8,8 @@
  *
  * The disk yields before and after what a request does, can hold requests at
  * both places, and remembers what the status of each of its blocks was at what
- * time, and when requests have changed them.  So an answer can be compared with
- * all that it may say.
+ * time, and when requests have changed them.  So a test can compare an answer
+ * with all that it may say.
  */
 
 #ifndef TESTS_UNIT_CACHEEXTENTS_DISK_H
@@ -24,7 +24,7 @@
 
 #define MAX_BLOCKS 512
 #define HISTORY 64
-#define CHANGES 8
+#define CHANGES_KEPT 8
 
 #define DATA (BDRV_BLOCK_DATA | BDRV_BLOCK_OFFSET_VALID)
 #define ZERO (BDRV_BLOCK_ZERO | BDRV_BLOCK_OFFSET_VALID)
@@ -36,6 +36,8 @@ typedef struct DiskConfig {
     int64_t grain;      /* size of a block */
     uint32_t align;     /* request alignment */
     int64_t reach;      /* one answer covers at most this much; 0: no limit */
+    int even;           /* status of the even blocks, the others are ZERO */
+    int many_error;     /* of queries for many extents */
     bool one;           /* it has no bdrv_co_block_extents */
     bool random;        /* yields and short answers at random */
 } DiskConfig;
@@ -45,12 +47,8 @@ typedef struct Status {
     int flags;
 } Status;
 
-/* When a request has changed a block, the latest times last */
-typedef struct Changes {
-    uint64_t times[CHANGES];
-} Changes;
-
-/* Where requests are held */
+/* Kinds of requests, and where they are held */
+enum { QUERIES, CHANGES, KINDS };
 enum { HOLD_NEVER, HOLD_BEFORE, HOLD_AFTER };
 
 typedef struct Disk {
@@ -62,20 +60,16 @@ typedef struct Disk {
     uint64_t now;       /* counts the changes */
     /* The latest ones come last; those that were never made are 0 */
     Status history[MAX_BLOCKS][HISTORY];
-    /* For each block of request alignment, or sector */
-    Changes *changes;
-    int64_t nb_changes;
+    /* When requests have changed each unit: the latest times come last */
+    uint64_t (*changes)[CHANGES_KEPT];
     GRand *rand;
 
-    int hold_queries;
-    int hold_changes;
-    CoQueue held_queries;
-    CoQueue held_changes;
+    int hold[KINDS];
+    CoQueue held[KINDS];
     unsigned nb_held;
 
     unsigned percent_bad; /* of all requests */
     int query_error;
-    int many_error;       /* of queries for many extents */
     unsigned connection;  /* counts reconnects */
     bool disconnected;
 
@@ -87,53 +81,7 @@ typedef struct Disk {
     unsigned nb_cancels;
 } Disk;
 
-static BlockDriver bdrv_disk, bdrv_disk_one;
-
-static int disk_open(BlockDriverState *bs, QDict *options, int flags,
-                     Error **errp)
-{
-    Disk *d = bs->opaque;
-
-    qemu_mutex_init(&d->lock);
-    qemu_co_queue_init(&d->held_queries);
-    qemu_co_queue_init(&d->held_changes);
-    d->rand = g_rand_new_with_seed(1);
-    d->len = qdict_get_int(options, "len");
-    bs->supported_zero_flags = BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK;
-    qdict_del(options, "len");
-    return 0;
-}
-
-static void disk_close(BlockDriverState *bs)
-{
-    Disk *d = bs->opaque;
-
-    g_free(d->changes);
-    g_rand_free(d->rand);
-    qemu_mutex_destroy(&d->lock);
-}
-
-static void disk_refresh_limits(BlockDriverState *bs, Error **errp)
-{
-    Disk *d = bs->opaque;
-
-    bs->bl.request_alignment = d->config.align ?: 512;
-}
-
-static int64_t coroutine_fn disk_co_getlength(BlockDriverState *bs)
-{
-    Disk *d = bs->opaque;
-
-    QEMU_LOCK_GUARD(&d->lock);
-    return d->len;
-}
-
 /* d->lock is held for all functions whose names say so */
-static int disk_flags_locked(Disk *d, int64_t block)
-{
-    return d->history[block][HISTORY - 1].flags;
-}
-
 static void disk_set_locked(Disk *d, int64_t block, int flags)
 {
     Status *h = d->history[block];
@@ -142,23 +90,28 @@ static void disk_set_locked(Disk *d, int64_t block, int flags)
     h[HISTORY - 1] = (Status) { .since = ++d->now, .flags = flags };
 }
 
+/* What a request can change alone: a block of request alignment, or a sector */
 static int64_t disk_unit(Disk *d)
 {
     return MAX(d->config.align, BDRV_SECTOR_SIZE);
 }
 
-/* A request has changed bytes; blocks that it has a part of count as a whole */
+static int64_t disk_max_len(Disk *d)
+{
+    return MAX_BLOCKS * d->config.grain;
+}
+
+/* A request has changed bytes; units that it has a part of count as a whole */
 static void disk_note_change_locked(Disk *d, int64_t offset, int64_t bytes)
 {
-    int64_t end = MIN(DIV_ROUND_UP(offset + bytes, disk_unit(d)),
-                      d->nb_changes);
+    int64_t end = MIN(offset + bytes, disk_max_len(d));
 
     d->now++;
-    for (int64_t i = offset / disk_unit(d); i < end; i++) {
-        uint64_t *times = d->changes[i].times;
+    for (int64_t i = offset / disk_unit(d); i * disk_unit(d) < end; i++) {
+        uint64_t *times = d->changes[i];
 
-        memmove(times, times + 1, (CHANGES - 1) * sizeof(*times));
-        times[CHANGES - 1] = d->now;
+        memmove(times, times + 1, (CHANGES_KEPT - 1) * sizeof(*times));
+        times[CHANGES_KEPT - 1] = d->now;
     }
 }
 
@@ -177,12 +130,11 @@ static void coroutine_fn disk_hop_locked(Disk *d)
     }
 }
 
-static void coroutine_fn disk_wait_locked(Disk *d, bool query, int where)
+static void coroutine_fn disk_wait_locked(Disk *d, int kind, int where)
 {
-    while ((query ? d->hold_queries : d->hold_changes) == where) {
+    while (d->hold[kind] == where) {
         d->nb_held++;
-        qemu_co_queue_wait(query ? &d->held_queries : &d->held_changes,
-                           &d->lock);
+        qemu_co_queue_wait(&d->held[kind], &d->lock);
         d->nb_held--;
     }
     disk_hop_locked(d);
@@ -190,72 +142,29 @@ static void coroutine_fn disk_wait_locked(Disk *d, bool query, int where)
 
 /* ---- Queries ---- */
 
-/* Where the extent that begins at @offset ends, at most at @end */
-static int64_t disk_extent_end_locked(Disk *d, int64_t offset, int64_t end)
+/* The extent that begins at @offset, at most to @end */
+static BdrvBlockExtent disk_extent_locked(Disk *d, int64_t offset, int64_t end)
 {
     int64_t block = offset / d->config.grain;
-    int flags = disk_flags_locked(d, block);
+    int flags = d->history[block][HISTORY - 1].flags;
 
     do {
         block++;
-    } while (block * d->config.grain < end &&
-             disk_flags_locked(d, block) == flags && !disk_chance(d, 3));
-    return MIN(block * d->config.grain, end);
+    } while (block * d->config.grain < end && !disk_chance(d, 3) &&
+             d->history[block][HISTORY - 1].flags == flags);
+    return (BdrvBlockExtent) {
+        .flags = flags, .bytes = MIN(block * d->config.grain, end) - offset,
+    };
 }
 
-static void disk_note_query_locked(Disk *d, int64_t offset, int64_t bytes)
-{
-    d->nb_queries++;
-    d->asked_offset = offset;
-    d->asked_bytes = bytes;
-}
-
-static int coroutine_fn
-disk_co_block_status(BlockDriverState *bs, BdrvStatusMode mode, int64_t offset,
-                     int64_t bytes, int64_t *pnum, int64_t *map,
-                     BlockDriverState **file)
-{
-    Disk *d = bs->opaque;
-    bool want_zero = mode & BDRV_WANT_ZERO;
-    int64_t block = offset / d->config.grain;
-    int flags;
-
-    QEMU_LOCK_GUARD(&d->lock);
-    disk_note_query_locked(d, offset, bytes);
-    disk_wait_locked(d, true, HOLD_BEFORE);
-    if (d->query_error || disk_chance(d, d->percent_bad)) {
-        return d->query_error ?: -EIO;
-    }
-    flags = want_zero ? disk_flags_locked(d, block) : DATA;
-    *pnum = bytes;
-    for (int64_t pos = offset; want_zero && pos < offset + bytes; block++) {
-        if (disk_flags_locked(d, block) != flags) {
-            *pnum = pos - offset;
-            break;
-        }
-        pos = (block + 1) * d->config.grain;
-    }
-    *map = offset;
-    *file = bs;
-    disk_wait_locked(d, true, HOLD_AFTER);
-    return flags;
-}
-
-static bool disk_is_disconnected(BlockDriverState *bs)
-{
-    Disk *d = bs->opaque;
-
-    return qatomic_read(&d->disconnected);
-}
-
-static int coroutine_fn
-disk_co_block_extents(BlockDriverState *bs, int64_t offset, int64_t bytes,
-                      unsigned max, GArray *extents)
+static int coroutine_fn disk_co_block_extents(BlockDriverState *bs,
+                                              int64_t offset, int64_t bytes,
+                                              unsigned max, GArray *extents)
 {
     Disk *d = bs->opaque;
     guint first = extents->len;
+    int64_t end = offset + MIN(bytes, d->config.reach ?: bytes);
     unsigned connection;
-    int64_t reach = MIN(bytes, d->config.reach ?: bytes);
 
     g_assert(QEMU_IS_ALIGNED(offset | bytes, bs->bl.request_alignment));
     QEMU_LOCK_GUARD(&d->lock);
@@ -263,23 +172,22 @@ disk_co_block_extents(BlockDriverState *bs, int64_t offset, int64_t bytes,
         int64_t pos = offset;
 
         g_array_set_size(extents, first);
-        disk_note_query_locked(d, offset, bytes);
+        d->nb_queries++;
         d->nb_many += max > 1;
-        disk_wait_locked(d, true, HOLD_BEFORE);
+        d->asked_offset = offset;
+        d->asked_bytes = bytes;
+        disk_wait_locked(d, QUERIES, HOLD_BEFORE);
         if (d->query_error || disk_chance(d, d->percent_bad)) {
             return d->query_error ?: -EIO;
         }
-        if (max > 1 && d->many_error) {
-            return d->many_error;
+        if (max > 1 && d->config.many_error) {
+            return d->config.many_error;
         }
         connection = d->connection;
         /* The server needs not look at everything at the same time */
-        while (pos < offset + reach && extents->len < first + max &&
+        while (pos < end && extents->len < first + max &&
                (pos == offset || !disk_chance(d, 2))) {
-            BdrvBlockExtent e = {
-                .flags = disk_flags_locked(d, pos / d->config.grain),
-                .bytes = disk_extent_end_locked(d, pos, offset + reach) - pos,
-            };
+            BdrvBlockExtent e = disk_extent_locked(d, pos, end);
 
             g_array_append_val(extents, e);
             d->nb_answered++;
@@ -288,9 +196,35 @@ disk_co_block_extents(BlockDriverState *bs, int64_t offset, int64_t bytes,
                 disk_hop_locked(d);
             }
         }
-        disk_wait_locked(d, true, HOLD_AFTER);
+        disk_wait_locked(d, QUERIES, HOLD_AFTER);
     } while (connection != d->connection);
     return 0;
+}
+
+static int coroutine_fn
+disk_co_block_status(BlockDriverState *bs, BdrvStatusMode mode, int64_t offset,
+                     int64_t bytes, int64_t *pnum, int64_t *map,
+                     BlockDriverState **file)
+{
+    g_autoptr(GArray) extents = g_array_new(false, false,
+                                            sizeof(BdrvBlockExtent));
+    int ret = disk_co_block_extents(bs, offset, bytes, 1, extents);
+    const BdrvBlockExtent *e = (const BdrvBlockExtent *)extents->data;
+
+    if (ret < 0) {
+        return ret;
+    }
+    *map = offset;
+    *file = bs;
+    *pnum = mode & BDRV_WANT_ZERO ? e->bytes : bytes;
+    return mode & BDRV_WANT_ZERO ? e->flags : DATA;
+}
+
+static bool disk_is_disconnected(BlockDriverState *bs)
+{
+    Disk *d = bs->opaque;
+
+    return qatomic_read(&d->disconnected);
 }
 
 /* ---- Changes ---- */
@@ -307,7 +241,7 @@ static int coroutine_fn disk_change(BlockDriverState *bs, int64_t offset,
     int ret = 0;
 
     QEMU_LOCK_GUARD(&d->lock);
-    disk_wait_locked(d, false, HOLD_BEFORE);
+    disk_wait_locked(d, CHANGES, HOLD_BEFORE);
     for (int64_t block = offset / d->config.grain;
          block * d->config.grain < end; block++) {
         int64_t start = block * d->config.grain;
@@ -326,7 +260,7 @@ static int coroutine_fn disk_change(BlockDriverState *bs, int64_t offset,
     }
     d->len = MAX(d->len, ret < 0 || inside < 0 ? 0 : end);
     disk_note_change_locked(d, offset, bytes);
-    disk_wait_locked(d, false, HOLD_AFTER);
+    disk_wait_locked(d, CHANGES, HOLD_AFTER);
     return ret;
 }
 
@@ -381,7 +315,7 @@ disk_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     Disk *d = bs->opaque;
 
     QEMU_LOCK_GUARD(&d->lock);
-    disk_wait_locked(d, false, HOLD_BEFORE);
+    disk_wait_locked(d, CHANGES, HOLD_BEFORE);
     if (offset > d->len && d->len % d->config.grain) {
         disk_set_locked(d, d->len / d->config.grain, DATA);
     }
@@ -390,9 +324,59 @@ disk_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
         disk_set_locked(d, block, ZERO);
     }
     d->len = offset;
-    disk_note_change_locked(d, 0, MAX_BLOCKS * d->config.grain);
-    disk_wait_locked(d, false, HOLD_AFTER);
+    disk_note_change_locked(d, 0, disk_max_len(d));
+    disk_wait_locked(d, CHANGES, HOLD_AFTER);
     return 0;
+}
+
+/* ---- The driver ---- */
+
+static int disk_open(BlockDriverState *bs, QDict *options, int flags,
+                     Error **errp)
+{
+    const DiskConfig *config =
+        (const DiskConfig *)(uintptr_t)qdict_get_int(options, "config");
+    Disk *d = bs->opaque;
+
+    qdict_del(options, "config");
+    bs->supported_zero_flags = BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK;
+    d->config = *config;
+    d->len = config->len;
+    d->rand = g_rand_new_with_seed(1);
+    qemu_mutex_init(&d->lock);
+    qemu_co_queue_init(&d->held[QUERIES]);
+    qemu_co_queue_init(&d->held[CHANGES]);
+    d->changes = g_malloc0_n(DIV_ROUND_UP(disk_max_len(d), disk_unit(d)),
+                             sizeof(*d->changes));
+    for (int64_t block = 0; block < MAX_BLOCKS; block++) {
+        disk_set_locked(d, block, block % 2 || !config->even ? ZERO :
+                                  config->even);
+    }
+    return 0;
+}
+
+static void disk_close(BlockDriverState *bs)
+{
+    Disk *d = bs->opaque;
+
+    g_free(d->changes);
+    g_rand_free(d->rand);
+    qemu_mutex_destroy(&d->lock);
+}
+
+static void disk_refresh_limits(BlockDriverState *bs, Error **errp)
+{
+    Disk *d = bs->opaque;
+
+    bs->bl.request_alignment = d->config.align ?: 512;
+}
+
+static int64_t coroutine_fn disk_co_getlength(BlockDriverState *bs)
+{
+    Disk *d = bs->opaque;
+
+    QEMU_LOCK_GUARD(&d->lock);
+    return d->len;
 }
 
 static int coroutine_fn disk_co_preadv(BlockDriverState *bs, int64_t offset,
@@ -445,41 +429,21 @@ static BlockDriver bdrv_disk_one = {
 static BlockDriverState *disk_new(const char *name, const DiskConfig *config)
 {
     QDict *opts = qdict_new();
-    BlockDriverState *bs;
-    Disk *d;
 
     g_assert(config->len <= MAX_BLOCKS * config->grain);
-    qdict_put_int(opts, "len", config->len);
-    bs = bdrv_new_open_driver_opts(config->one ? &bdrv_disk_one : &bdrv_disk,
-                                   name, opts, BDRV_O_RDWR | BDRV_O_UNMAP,
-                                   &error_abort);
-    d = bs->opaque;
-    d->config = *config;
-    d->nb_changes = DIV_ROUND_UP(MAX_BLOCKS * config->grain, disk_unit(d));
-    d->changes = g_new0(Changes, d->nb_changes);
-    for (int64_t block = 0; block < MAX_BLOCKS; block++) {
-        disk_set_locked(d, block, ZERO);
-    }
-    bdrv_graph_rdlock_main_loop();
-    bdrv_refresh_limits(bs, NULL, &error_abort);
-    bdrv_graph_rdunlock_main_loop();
-    return bs;
+    qdict_put_int(opts, "config", (uintptr_t)config);
+    return bdrv_new_open_driver_opts(config->one ? &bdrv_disk_one : &bdrv_disk,
+                                     name, opts, BDRV_O_RDWR | BDRV_O_UNMAP,
+                                     &error_abort);
 }
 
-static inline void disk_hold(Disk *d, int queries, int changes)
+/* Hold requests of a kind from now on; let those go on that are held */
+static inline void disk_hold(Disk *d, int kind, int where)
 {
-    bool wake_queries, wake_changes;
-
     QEMU_LOCK_GUARD(&d->lock);
-    wake_queries = d->hold_queries != queries;
-    wake_changes = d->hold_changes != changes;
-    d->hold_queries = queries;
-    d->hold_changes = changes;
-    if (wake_queries) {
-        qemu_co_enter_all(&d->held_queries, &d->lock);
-    }
-    if (wake_changes) {
-        qemu_co_enter_all(&d->held_changes, &d->lock);
+    d->hold[kind] = where;
+    for (unsigned nb = d->nb_held; nb > 0; nb--) {
+        qemu_co_enter_next(&d->held[kind], &d->lock);
     }
 }
 
@@ -510,22 +474,21 @@ static inline uint64_t disk_now(Disk *d)
  */
 static inline bool disk_was(Disk *d, uint64_t start, int64_t offset, int flags)
 {
-    const Changes *changes = &d->changes[offset / disk_unit(d)];
-    const Status *h;
+    const uint64_t *changes = d->changes[offset / disk_unit(d)];
+    const Status *h = d->history[offset / d->config.grain];
 
     QEMU_LOCK_GUARD(&d->lock);
     if (flags == DATA && (d->config.one || d->config.grain % disk_unit(d))) {
         return true;
     }
     if (flags != UNKNOWN) {
-        int i = CHANGES - 1;
+        int i = CHANGES_KEPT - 1;
 
-        while (i >= 0 && changes->times[i] > start) {
+        while (i >= 0 && changes[i] > start) {
             i--;
         }
-        start = i >= 0 ? changes->times[i] : 0;
+        start = i >= 0 ? changes[i] : 0;
     }
-    h = d->history[offset / d->config.grain];
     for (int i = HISTORY - 1; i >= 0; i--) {
         if (h[i].flags == flags) {
             return true;
@@ -550,7 +513,7 @@ static inline void disk_reconnect(BlockDriverState *bs)
     for (int64_t b = 0; b < MAX_BLOCKS; b++) {
         disk_set_locked(d, b, states[g_rand_int_range(d->rand, 0, 4)]);
     }
-    disk_note_change_locked(d, 0, MAX_BLOCKS * d->config.grain);
+    disk_note_change_locked(d, 0, disk_max_len(d));
 }
 
 #endif /* TESTS_UNIT_CACHEEXTENTS_DISK_H */
