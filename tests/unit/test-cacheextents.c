@@ -6,19 +6,22 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Environment variables:
- * TEST_CACHEEXTENTS_SEED: seed of the random tests.  Without iothreads, the
- *                         same seed does the same.
- * TEST_CACHEEXTENTS_OPS: number of random operations, in all cases together.
+ * Without iothreads, the same --seed does the same.  The environment variable
+ * TEST_CACHEEXTENTS_OPS is the number of random operations, in all cases
+ * together.
  */
 
 #include "qemu/osdep.h"
 #include "block/coroutines.h"
+#include "block/seqcache-compat.h"
+#include "cacheextents-disk.h"
+#include "iothread.h"
+#include "qapi/error.h"
 #include "qemu/cutils.h"
 #include "qemu/main-loop.h"
 #include "qemu/units.h"
-#include "iothread.h"
-#include "cacheextents-disk.h"
+#include "qobject/qdict.h"
+#include "system/block-backend.h"
 
 #define NB_USERS 12
 #define NB_CASES 10
@@ -28,7 +31,6 @@
 #define PLAIN .len = 64 * BLOCK, .grain = BLOCK
 #define STRIPED PLAIN, .even = DATA
 
-static unsigned seed;
 static unsigned nb_ops = 60000;
 
 typedef enum OpType {
@@ -500,6 +502,21 @@ static void test_query_and_change(Test *t, gconstpointer opaque)
     g_assert_cmpuint(test_stats(t).extents, >=, all ? 20 : 60);
 }
 
+/* Nothing is answered from memory, or kept, where a change is in flight */
+static void test_change_in_flight(Test *t, gconstpointer opaque)
+{
+    Op *change;
+
+    map(t);
+    change = hold_op(t, OP_WRITE, 20 * BLOCK, BLOCK, HOLD_AFTER);
+    for (int i = 0; i < 2; i++) {
+        g_assert_cmpint(status(t, 20 * BLOCK + 4096), ==, DATA);
+        check_asked(t, 2 + i, 20 * BLOCK + 4096, BLOCK - 4096);
+    }
+    let_go(t, change, 0);
+    g_assert_cmpuint(map(t), ==, 1);
+}
+
 /* Those who ask while somebody else does wait for that answer */
 static void test_shared_query(Test *t, gconstpointer opaque)
 {
@@ -591,19 +608,20 @@ static void test_query_takes_over(Test *t, gconstpointer opaque)
     static const int64_t offsets[] = { 0, 16 * BLOCK, 18 * BLOCK };
     Op *ops[3];
 
+    status(t, 40 * BLOCK);
     ops[0] = hold_query(t, offsets[0]);
     for (int i = 1; i < 3; i++) {
         ops[i] = op_start(t, OP_STATUS, offsets[i], 512);
     }
-    g_assert_cmpuint(t->disk->nb_queries, ==, 1);
+    g_assert_cmpuint(t->disk->nb_queries, ==, 2);
     disk_hold(t->disk, QUERIES, HOLD_BEFORE);
     wait_held(t, 2);
+    check_asked(t, 4, 18 * BLOCK, 22 * BLOCK);
     for (int i = 0; i < 3; i++) {
         let_go(t, ops[i], DATA);
     }
-    g_assert_cmpuint(t->disk->nb_queries, ==, 3);
     status(t, 25 * BLOCK);
-    g_assert_cmpuint(t->disk->nb_queries, ==, 3);
+    g_assert_cmpuint(t->disk->nb_queries, ==, 4);
 }
 
 /* An answer does not replace one that came earlier but is newer */
@@ -735,7 +753,8 @@ static void test_inactive(Test *t, gconstpointer opaque)
     g_assert_cmpint(bdrv_inactivate(t->bs, &error_abort), ==, 0);
     bdrv_drain_all_end();
     g_assert_cmpuint(test_stats(t).extents, ==, 0);
-    t->blk = blk_new(qemu_get_aio_context(), 0, BLK_PERM_ALL);
+    /* Another process can write, also if the user does not want that */
+    t->blk = blk_new(qemu_get_aio_context(), 0, BLK_PERM_CONSISTENT_READ);
     g_assert_cmpint(blk_insert_bs(t->blk, t->bs, &error_abort), ==, 0);
     /* (The block layer itself remembers data) */
     status(t, BLOCK);
@@ -849,7 +868,10 @@ static const Config situations[] = {
         /* but on another connection */
         { DISK_RECONNECT },
         { DISK_SET, 0, 64 * BLOCK, ZERO },
-        { MAP, .queries = 2 },
+        /* and then for whole sectors */
+        { OP_STATUS, 0, 100, ZERO, 2 },
+        { OP_STATUS, 200, 100, ZERO },
+        { MAP, .queries = 1 },
     } },
     /* The first query of a second map does not know that it is one */
     { "max-extents", { STRIPED }, .max_extents = 20, .steps = {
@@ -927,6 +949,7 @@ static const Config situations[] = {
       .func = test_block_size },
     { "failed-query", { STRIPED }, .func = test_failed_query },
     { "refused-query-once", { STRIPED }, .func = test_refused_query_once },
+    { "change-in-flight", { STRIPED }, .func = test_change_in_flight },
     { "shared-query", { STRIPED }, .func = test_shared_query },
     { "refused-queries", { STRIPED }, .func = test_refused_queries },
     { "shared-query-and-change", { STRIPED },
@@ -1023,14 +1046,13 @@ static void coroutine_fn user_entry(void *opaque)
 static void test_random(Test *t, gconstpointer opaque)
 {
     const Config *c = opaque;
-    GRand *rand = g_rand_new_with_seed(seed);
+    GRand *rand = g_rand_new_with_seed(g_test_rand_int());
     RandomTest r = {
         .t = t, .nb_left = nb_ops / NB_CASES, .nb_users = NB_USERS,
     };
     IOThread *iothreads[2];
     User users[NB_USERS];
 
-    g_test_message("seed %u", seed);
     g_rand_set_seed(t->disk->rand, g_rand_int(rand));
     t->disk->percent_bad = c->percent_bad;
     for (int i = 0; i < 2; i++) {
@@ -1097,15 +1119,6 @@ static const Config random_cases[NB_CASES] = {
     { "iothreads", { SMALL }, .threads = true },
 };
 
-static void get_env(const char *name, unsigned *value)
-{
-    const char *env = g_getenv(name);
-
-    if (env) {
-        g_assert_cmpint(qemu_strtoui(env, NULL, 0, value), ==, 0);
-    }
-}
-
 static void add_test(const char *group, const char *name, const Config *config,
                      TestFunc *func)
 {
@@ -1125,14 +1138,15 @@ int main(int argc, char **argv)
         { "truncate", OP_TRUNCATE },
     };
     static Config orders[ARRAY_SIZE(changes) * NB_ORDERS];
+    const char *env = g_getenv("TEST_CACHEEXTENTS_OPS");
 
     bdrv_init();
     qemu_init_main_loop(&error_abort);
     g_test_init(&argc, &argv, NULL);
 
-    seed = g_random_int();
-    get_env("TEST_CACHEEXTENTS_SEED", &seed);
-    get_env("TEST_CACHEEXTENTS_OPS", &nb_ops);
+    if (env) {
+        g_assert_cmpint(qemu_strtoui(env, NULL, 0, &nb_ops), ==, 0);
+    }
 
     for (int i = 0; i < ARRAY_SIZE(situations); i++) {
         add_test("", situations[i].name, &situations[i],
