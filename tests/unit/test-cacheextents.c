@@ -753,8 +753,7 @@ static void test_inactive(Test *t, gconstpointer opaque)
     g_assert_cmpint(bdrv_inactivate(t->bs, &error_abort), ==, 0);
     bdrv_drain_all_end();
     g_assert_cmpuint(test_stats(t).extents, ==, 0);
-    /* Another process can write, also if the user does not want that */
-    t->blk = blk_new(qemu_get_aio_context(), 0, BLK_PERM_CONSISTENT_READ);
+    t->blk = blk_new(qemu_get_aio_context(), 0, BLK_PERM_ALL);
     g_assert_cmpint(blk_insert_bs(t->blk, t->bs, &error_abort), ==, 0);
     /* (The block layer itself remembers data) */
     status(t, BLOCK);
@@ -868,10 +867,11 @@ static const Config situations[] = {
         /* but on another connection */
         { DISK_RECONNECT },
         { DISK_SET, 0, 64 * BLOCK, ZERO },
-        /* and then for whole sectors */
-        { OP_STATUS, 0, 100, ZERO, 2 },
-        { OP_STATUS, 200, 100, ZERO },
-        { MAP, .queries = 1 },
+        { OP_STATUS, 0, 512, ZERO, 2 },
+        /* Other queries are for whole sectors */
+        { OP_STATUS, 4096, 100, ZERO, 1 },
+        { OP_STATUS, 4096 + 200, 100, ZERO },
+        { MAP, .queries = 2 },
     } },
     /* The first query of a second map does not know that it is one */
     { "max-extents", { STRIPED }, .max_extents = 20, .steps = {
