@@ -28,17 +28,7 @@
  * Both decide with the same function, wb_next_request_locked(), what to write
  * next.
  *
- * Data does not stay in memory for ever if nobody flushes.  A timer of the main
- * loop runs as long as there is unwritten data.  When it expires, the straggler
- * writes the data that was there when it expired the last time.  The straggler
- * is a worker that does not care whether a request is worth it, and that makes
- * one small request at a time, so a graph change waits for no more than that.
- * It also writes out everything that is cached when wb_start_write_out() or
- * wb_co_settle() asks for it.  It stops at a drain, and goes on when that ends.
- * It leaves a kept error to the waiters.
- *
- * While the cache is settled, which wb_co_settle() starts and the timer ends,
- * there are no workers, except those that help a flush.
+ * block/write-behind-age.c writes what nobody flushes.
  *
  * When a write to the child fails, its data goes back into the cache and @error
  * is set.  Workers stop then.  The first waiter to come writes one request
@@ -56,9 +46,7 @@
 
 #include "block/block_int.h"
 #include "block/coroutines.h"
-#include "block/write-behind.h"
-#include "qemu/seqcache.h"
-#include "qemu/timer.h"
+#include "block/write-behind-int.h"
 #include "qemu/units.h"
 #include "trace.h"
 
@@ -68,107 +56,11 @@
 /* How many requests to the child can be in flight */
 #define WB_MAX_IN_FLIGHT 4
 
-/* Size of a request of the straggler, if it can be smaller than a cluster */
-#define WB_STRAGGLER_BYTES (256 * KiB)
-
-/* How long a settled cache stays so; and if its user is still waiting for it */
-#define WB_SETTLED_MS 5000
-#define WB_CANCELLED_MS 60000
-
-/* A coroutine that waits in wb_co_reserve() */
-typedef struct WriteBehindReserver {
-    QSIMPLEQ_ENTRY(WriteBehindReserver) next;
-} WriteBehindReserver;
-
 /* A part of a read request that is not cached */
 typedef struct WriteBehindGap {
     int64_t start; /* from the start of the read request */
     int64_t bytes;
 } WriteBehindGap;
-
-struct WriteBehind {
-    /* Constant */
-    BlockDriverState *bs;
-    uint64_t max_clusters;
-    int64_t cluster_size;
-    bool pad;
-    BlkdebugEvent event;
-    int64_t max_age_ms;
-    int64_t settled_ms;
-    void (*written_out)(BlockDriverState *bs);
-
-    /* Protects everything below; never held over a yield */
-    QemuMutex lock;
-
-    SeqCache *cache;
-
-    /* The node is drained: workers do not begin anything */
-    bool drained;
-
-    /* Clusters that wb_co_reserve() promised and wb_accept() did not yet use */
-    uint64_t nb_reserved;
-
-    /* Coroutines in wb_co_reserve(); the first one is served first */
-    QSIMPLEQ_HEAD(, WriteBehindReserver) reservers;
-    /* Coroutines in wb_co_flush() */
-    unsigned nb_flushing;
-    /* Coroutines in wb_co_settle() that write; not while it is settled */
-    unsigned nb_settling;
-
-    /* Background coroutines, and whether one of them has yet to begin */
-    unsigned nb_workers;
-    bool worker_starting;
-    /* Whether one of them is the straggler */
-    bool has_straggler;
-    /* Whether it has to write out what was cached at @straggler_point, ... */
-    bool straggler_wanted;
-    uint64_t straggler_point;
-    /* ... to call @written_out then, and first to try again what has failed */
-    bool straggler_notify;
-    bool straggler_retry;
-
-    /* Starts the straggler; NULL when @freed */
-    QEMUTimer *timer;
-    bool timer_armed;
-    /* What was cached at this flush point is old when the timer runs out */
-    uint64_t age_point;
-
-    /* No workers until then, in ms of the real-time clock; 0: not settled */
-    int64_t settled_until;
-
-    /*
-     * While BDRV_SETTLE_WRITE has not written everything: the flush point of
-     * its first call
-     */
-    bool settle_write;
-    uint64_t settle_point;
-
-    /* Requests that a worker or a waiter is writing to the child */
-    unsigned nb_in_flight;
-
-    /*
-     * Woken up whenever something changed that a waiter can wait for: a request
-     * is done, a reservation was used or given back, data was discarded, the
-     * first reserver has left.
-     */
-    CoQueue waiters;
-
-    /* Negative errno while the latest write to the child failed, else 0 */
-    int error;
-    /* Counts failures, so that a waiter notices one that came while it slept */
-    uint64_t nb_failures;
-
-    /* wb_abandon() was called, nothing is written any more */
-    bool abandoned;
-
-    /* wb_free() was called, the last worker frees the structure */
-    bool freed;
-
-    /* The members that are not filled in by wb_get_stats() itself */
-    BlockStatsWriteBehind stats;
-};
-
-static void wb_timer_cb(void *opaque);
 
 WriteBehind *wb_new(BlockDriverState *bs, const WriteBehindOptions *opts)
 {
@@ -184,12 +76,10 @@ WriteBehind *wb_new(BlockDriverState *bs, const WriteBehindOptions *opts)
     wb->max_clusters = opts->cache_size / opts->cluster_size;
     wb->pad = opts->pad;
     wb->event = opts->event;
-    wb->max_age_ms = opts->max_age_ms ?: WB_MAX_AGE_MS;
-    wb->settled_ms = MIN(wb->max_age_ms, WB_SETTLED_MS);
     wb->written_out = opts->written_out;
     /* From now on wb_drained_begin() and wb_drained_end() tell */
     wb->drained = qatomic_read(&bs->quiesce_counter);
-    wb->timer = timer_new_ms(QEMU_CLOCK_REALTIME, wb_timer_cb, wb);
+    wb_age_init(wb, opts->max_age_ms);
     assert(wb->max_clusters >= 2);
 
     qemu_mutex_init(&wb->lock);
@@ -253,12 +143,7 @@ int64_t wb_cache_size(const WriteBehind *wb)
     return wb->max_clusters * wb->cluster_size;
 }
 
-/*
- * What a request should look like: the child's current limits, and no more than
- * half of the cache, so that the other half can take writes meanwhile.
- */
-static SeqCacheLimits GRAPH_RDLOCK
-wb_limits(WriteBehind *wb)
+SeqCacheLimits wb_limits(WriteBehind *wb)
 {
     SeqCacheLimits limits = {
         .align = 1,
@@ -280,31 +165,6 @@ wb_limits(WriteBehind *wb)
     limits.max_bytes = MAX(QEMU_ALIGN_DOWN(limits.max_bytes, wb->cluster_size),
                            wb->cluster_size);
     return limits;
-}
-
-/* Called with wb->lock held */
-static void wb_arm_timer_locked(WriteBehind *wb, int64_t ms)
-{
-    if (!wb->freed) {
-        wb->timer_armed = true;
-        timer_mod(wb->timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms);
-    }
-}
-
-/* Want the straggler to write out all that is cached.  wb->lock is held. */
-static void wb_want_straggler_locked(WriteBehind *wb)
-{
-    wb->straggler_wanted = true;
-    wb->straggler_point = seqcache_flush_point(wb->cache);
-}
-
-/*
- * Whether workers must not begin anything: a flush needs them even if the cache
- * is settled.  Called with wb->lock held.
- */
-static bool wb_is_settled_locked(WriteBehind *wb)
-{
-    return wb->settled_until && !wb->nb_flushing;
 }
 
 /* Which data, if any, is worth being written now */
@@ -378,12 +238,7 @@ wb_next_request_locked(WriteBehind *wb)
     return seqcache_get_next_flush(wb->cache, &limits, work == WB_WORK_ALL);
 }
 
-/*
- * Write @req to the child.  Called with wb->lock held, which is released while
- * the request is in flight.
- */
-static void coroutine_fn GRAPH_RDLOCK
-wb_co_write_locked(WriteBehind *wb, SeqCacheRequest *req)
+void coroutine_fn wb_co_write_locked(WriteBehind *wb, SeqCacheRequest *req)
 {
     int64_t end = req->offset + req->bytes;
     bool retry = wb->error;
@@ -471,12 +326,7 @@ wb_co_work_locked(WriteBehind *wb)
     }
 }
 
-/*
- * The last thing that a worker does.  Called with wb->lock held, which is
- * released.
- */
-static void coroutine_fn
-wb_end_worker_locked(WriteBehind *wb)
+void coroutine_fn wb_end_worker_locked(WriteBehind *wb)
 {
     BlockDriverState *bs = wb->bs;
     bool last;
@@ -503,167 +353,6 @@ static void coroutine_fn wb_co_worker(void *opaque)
         bdrv_graph_co_rdunlock();
     }
     wb_end_worker_locked(wb);
-}
-
-/*
- * Whether the straggler may write: not while the node is drained or inactive,
- * or its image was found to be corrupt.  Called with wb->lock held.
- */
-static bool wb_straggler_can_run_locked(WriteBehind *wb)
-{
-    return !wb->freed && !wb->abandoned && !wb->drained &&
-           !wb_is_settled_locked(wb) &&
-           wb->bs->drv && !(wb->bs->open_flags & BDRV_O_INACTIVE) &&
-           (!wb->error || (wb->straggler_retry && !wb->nb_in_flight));
-}
-
-/*
- * Returns: whether the straggler has nothing to do (any more); if so, it is no
- * longer wanted.  Called with wb->lock held.
- */
-static bool wb_straggler_is_done_locked(WriteBehind *wb)
-{
-    if (!seqcache_is_flushed(wb->cache, wb->straggler_point)) {
-        return false;
-    }
-    wb->straggler_wanted = false;
-    if (wb->straggler_notify && !wb->freed) {
-        wb->straggler_notify = false;
-        wb->written_out(wb->bs);
-    }
-    return true;
-}
-
-/*
- * The straggler is wanted, but cannot run now: try again later.  Called with
- * wb->lock held.
- */
-static void wb_rearm_timer_locked(WriteBehind *wb)
-{
-    if (wb->bs->drv) {
-        wb_arm_timer_locked(wb, wb->max_age_ms);
-    }
-}
-
-void wb_drained_end(WriteBehind *wb)
-{
-    if (!wb) {
-        return;
-    }
-
-    QEMU_LOCK_GUARD(&wb->lock);
-
-    wb->drained = false;
-    if (wb->straggler_wanted) {
-        wb_arm_timer_locked(wb, 0);
-    }
-}
-
-/*
- * Write out what was cached at wb->straggler_point, one request at a time.
- * Called with wb->lock held, which is released while a request is in flight.
- */
-static void coroutine_fn GRAPH_RDLOCK
-wb_co_straggle_locked(WriteBehind *wb)
-{
-    while (wb_straggler_can_run_locked(wb) &&
-           !seqcache_is_flushed(wb->cache, wb->straggler_point)) {
-        SeqCacheLimits limits = wb_limits(wb);
-        SeqCacheRequest *req;
-
-        limits.max_bytes = MIN(limits.max_bytes, WB_STRAGGLER_BYTES);
-        limits.max_bytes = MAX(limits.max_bytes, wb->cluster_size);
-        req = seqcache_get_next_flush(wb->cache, &limits, true);
-        wb->straggler_retry = false;
-        if (req) {
-            wb_co_write_locked(wb, req);
-        } else {
-            /* What is not flushed is in flight: others write it */
-            qemu_co_queue_wait(&wb->waiters, &wb->lock);
-        }
-    }
-}
-
-static void coroutine_fn wb_co_straggler(void *opaque)
-{
-    WriteBehind *wb = opaque;
-
-    qemu_mutex_lock(&wb->lock);
-    if (bdrv_graph_co_try_rdlock()) {
-        wb_co_straggle_locked(wb);
-        bdrv_graph_co_rdunlock();
-    }
-    wb->has_straggler = false;
-    if (!wb_straggler_is_done_locked(wb)) {
-        wb_rearm_timer_locked(wb);
-    } else if (!wb->timer_armed && !seqcache_is_clean(wb->cache)) {
-        wb_arm_timer_locked(wb, wb->max_age_ms);
-    }
-    wb_end_worker_locked(wb);
-}
-
-/*
- * What the straggler is to do now that the timer has run out.  Arms the timer
- * again if there is, or can be, anything to do later.
- *
- * Returns: whether it has to be started.  Called with wb->lock held.
- */
-static bool wb_timer_locked(WriteBehind *wb)
-{
-    int64_t now = qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
-
-    wb->timer_armed = false;
-    if (wb->settled_until > now) {
-        wb_arm_timer_locked(wb, wb->settled_until - now);
-        return false;
-    }
-    if (wb->settled_until) {
-        wb->settled_until = 0;
-        wb_want_straggler_locked(wb);
-    }
-    if (wb->has_straggler) {
-        /* It arms the timer when it ends */
-        return false;
-    }
-    if (!wb->straggler_wanted) {
-        if (seqcache_is_clean(wb->cache)) {
-            /* The next write arms the timer */
-            return false;
-        }
-        wb->straggler_wanted = true;
-        wb->straggler_point = wb->age_point;
-        wb->age_point = seqcache_flush_point(wb->cache);
-    }
-    if (wb_straggler_is_done_locked(wb)) {
-        wb_arm_timer_locked(wb, wb->max_age_ms);
-        return false;
-    }
-    if (!wb_straggler_can_run_locked(wb)) {
-        wb_rearm_timer_locked(wb);
-        return false;
-    }
-
-    wb->has_straggler = true;
-    wb->nb_workers++;
-    bdrv_inc_in_flight(wb->bs);
-    return true;
-}
-
-/* Runs in the main loop, and not in a nested event loop */
-static void wb_timer_cb(void *opaque)
-{
-    WriteBehind *wb = opaque;
-    bool start;
-
-    GLOBAL_STATE_CODE();
-
-    WITH_QEMU_LOCK_GUARD(&wb->lock) {
-        start = wb_timer_locked(wb);
-    }
-    if (start) {
-        aio_co_enter(bdrv_get_aio_context(wb->bs),
-                     qemu_coroutine_create(wb_co_straggler, wb));
-    }
 }
 
 /*
@@ -793,10 +482,7 @@ static void wb_accepted_locked(WriteBehind *wb, int64_t bytes)
 {
     wb->stats.accepted_bytes += bytes;
     wb->stats.accepted_requests++;
-    if (!wb->timer_armed) {
-        wb->age_point = seqcache_flush_point(wb->cache);
-        wb_arm_timer_locked(wb, wb->max_age_ms);
-    }
+    wb_age_start_locked(wb);
 }
 
 /* Store a write that the cache takes.  Called with wb->lock held. */
@@ -973,16 +659,7 @@ void wb_end_streams(WriteBehind *wb)
     }
 }
 
-/*
- * Write out what was cached at the flush point @point, while @callers, which is
- * wb->nb_flushing or wb->nb_settling, counts this caller.  Stops earlier when
- * nothing of a range is cached any more, if @bytes is not 0, or when one
- * request is done, if @one.  Called with wb->lock held.
- *
- * Returns: 0; 1 if it stopped because of @one; or the negative errno of a
- * failed write.
- */
-static int coroutine_fn GRAPH_RDLOCK
+int coroutine_fn
 wb_co_write_point_locked(WriteBehind *wb, uint64_t point, unsigned *callers,
                          int64_t offset, int64_t bytes, bool one)
 {
@@ -1025,76 +702,6 @@ int coroutine_fn wb_co_flush(BlockDriverState *bs, WriteBehind *wb)
 
     return wb_co_write_point_locked(wb, seqcache_flush_point(wb->cache),
                                     &wb->nb_flushing, 0, 0, false);
-}
-
-/*
- * Write out a part of what was cached when this was first called since it has
- * returned 0.  Called with wb->lock held.
- */
-static int coroutine_fn GRAPH_RDLOCK wb_co_settle_write_locked(WriteBehind *wb)
-{
-    int ret;
-
-    if (wb->abandoned) {
-        return -ECANCELED;
-    }
-    if (!wb->settle_write) {
-        wb->settle_write = true;
-        wb->settle_point = seqcache_flush_point(wb->cache);
-    }
-    wb->settled_until = 0;
-
-    ret = wb_co_write_point_locked(wb, wb->settle_point, &wb->nb_settling, 0, 0,
-                                   true);
-    wb->settle_write = ret != 0;
-    return ret;
-}
-
-/* The cache is settled for @ms milliseconds.  Called with wb->lock held. */
-static void wb_settle_locked(WriteBehind *wb, int64_t ms)
-{
-    wb->settled_until = qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms;
-    wb_arm_timer_locked(wb, ms);
-}
-
-void wb_cancel_in_flight(WriteBehind *wb)
-{
-    QEMU_LOCK_GUARD(&wb->lock);
-
-    wb_settle_locked(wb, WB_CANCELLED_MS);
-}
-
-int coroutine_fn wb_co_settle(WriteBehind *wb,
-                              BdrvSettleMode mode)
-{
-    QEMU_LOCK_GUARD(&wb->lock);
-
-    trace_wb_settle(wb->bs, mode, seqcache_is_clean(wb->cache));
-    if (mode == BDRV_SETTLE_WRITE) {
-        return wb_co_settle_write_locked(wb);
-    }
-
-    wb_settle_locked(wb, wb->settled_ms);
-    while (wb->nb_workers) {
-        qemu_co_queue_wait(&wb->waiters, &wb->lock);
-    }
-
-    if (mode == BDRV_SETTLE_IDLE) {
-        wb->settled_until = 0;
-        wb_want_straggler_locked(wb);
-        wb_arm_timer_locked(wb, 0);
-    }
-    return 0;
-}
-
-void wb_start_write_out(WriteBehind *wb)
-{
-    QEMU_LOCK_GUARD(&wb->lock);
-
-    wb_want_straggler_locked(wb);
-    wb->straggler_notify = true;
-    wb->straggler_retry = true;
-    wb_arm_timer_locked(wb, 0);
 }
 
 int coroutine_fn wb_co_write_out(WriteBehind *wb,

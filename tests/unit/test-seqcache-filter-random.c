@@ -19,7 +19,9 @@
 #include "qemu/osdep.h"
 #include "qemu/cutils.h"
 #include "qemu/main-loop.h"
+#include "qapi/error.h"
 #include "qemu/units.h"
+#include "qobject/qdict.h"
 #include "iothread.h"
 #include "seqcache-random.h"
 

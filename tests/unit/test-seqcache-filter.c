@@ -13,7 +13,9 @@
 
 #include "qemu/osdep.h"
 #include "qemu/main-loop.h"
+#include "qapi/error.h"
 #include "qemu/units.h"
+#include "qobject/qdict.h"
 #include "iothread.h"
 #include "seqcache-disk.h"
 

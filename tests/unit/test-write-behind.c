@@ -2745,6 +2745,29 @@ WB_TEST(close_error, .cluster_size = 4096, .cache_size = 4 * 4096)
     run_fails(t, -EIO, op_flush);
 }
 
+/* An image that failed as corrupt is not written any more, and nobody hangs */
+WB_TEST(abandon, .cluster_size = 4096, .cache_size = 16 * 4096,
+        .max_transfer = 4096)
+{
+    TestOp flush = { .t = t, .fn = op_flush };
+
+    disk_hold(t->disk);
+    append_ok(t, 8 * 4096);
+    op_start(&flush);
+    settle();
+    wb_abandon(t->wb);
+    disk_release(t->disk);
+    g_assert_cmpint(op_wait(&flush), ==, -ECANCELED);
+    g_assert_cmpuint(t->disk->nb_writes, ==, 4);
+    read_ok(t, 0, 16 * 4096);
+    run_fails(t, -ECANCELED, op_flush);
+    run_fails(t, -ECANCELED, op_settle, .gen = BDRV_SETTLE_WRITE);
+    run_fails(t, -ECANCELED, op_reserve, .nb_clusters = 13);
+    run_ok(t, op_reserve, .nb_clusters = 12);
+    run_ok(t, op_unreserve, .nb_clusters = 12);
+    g_assert_cmpuint(t->disk->nb_writes, ==, 4);
+}
+
 /* ---- Several threads, and writers of the graph ---- */
 
 /* Change the graph somewhere else while there are waiters */
@@ -3275,6 +3298,7 @@ int main(int argc, char **argv)
     ADD("start-write-out/error", start_write_out_error);
     ADD("free/pending-worker", free_pending);
     ADD("free/after-error", close_error);
+    ADD("abandon", abandon);
     ADD("graph-change/waiters", graph_change);
     ADD_FUNC("graph-change/worker", test_graph_worker);
     ADD_FUNC("iothreads/concurrent", test_iothreads);
