@@ -20,6 +20,8 @@ typedef struct ExtentNode {
 struct ExtentSet {
     IntervalTreeRoot root;
     uint64_t count;
+    /* What was inserted last, or NULL: often the neighbour of the next one */
+    ExtentNode *newest;
 };
 
 ExtentSet *extent_set_new(void)
@@ -73,12 +75,16 @@ static void extent_set_insert(ExtentSet *set, uint64_t start, uint64_t last,
     e->owner = owner;
     interval_tree_insert(&e->node, &set->root);
     set->count++;
+    set->newest = e;
 }
 
 static void extent_set_remove(ExtentSet *set, ExtentNode *e)
 {
     interval_tree_remove(&e->node, &set->root);
     set->count--;
+    if (set->newest == e) {
+        set->newest = NULL;
+    }
     g_free(e);
 }
 
@@ -95,31 +101,6 @@ static void extent_set_cut(ExtentSet *set, ExtentNode *e, uint64_t start,
     extent_set_remove(set, e);
 }
 
-void extent_set_add(ExtentSet *set, const Extent *extent)
-{
-    uint64_t start = extent->start;
-    uint64_t last = extent->last;
-    /* With the neighbours */
-    uint64_t from = start ? start - 1 : 0;
-    uint64_t to = last < UINT64_MAX ? last + 1 : last;
-    IntervalTreeNode *node, *next;
-
-    for (node = interval_tree_iter_first(&set->root, from, to); node;
-         node = next) {
-        ExtentNode *e = container_of(node, ExtentNode, node);
-
-        next = interval_tree_iter_next(node, from, to);
-        if (e->flags == extent->flags && e->owner == extent->owner) {
-            start = MIN(start, node->start);
-            last = MAX(last, node->last);
-            extent_set_remove(set, e);
-        } else if (node->last >= extent->start && node->start <= extent->last) {
-            extent_set_cut(set, e, extent->start, extent->last);
-        }
-    }
-    extent_set_insert(set, start, last, extent->flags, extent->owner);
-}
-
 uint64_t extent_set_clear(ExtentSet *set, uint64_t start, uint64_t last)
 {
     uint64_t nb_known = 0;
@@ -130,6 +111,43 @@ uint64_t extent_set_clear(ExtentSet *set, uint64_t start, uint64_t last)
         extent_set_cut(set, e, start, last);
     }
     return nb_known;
+}
+
+/* The extent at @pos if it says the same as @extent, or NULL */
+static ExtentNode *extent_set_same(ExtentSet *set, uint64_t pos,
+                                   const Extent *extent)
+{
+    ExtentNode *e = set->newest;
+
+    if (!e || pos < e->node.start || pos > e->node.last) {
+        e = extent_set_find(set, pos, pos);
+    }
+    return e && e->flags == extent->flags && e->owner == extent->owner ? e :
+                                                                         NULL;
+}
+
+void extent_set_add(ExtentSet *set, const Extent *extent)
+{
+    uint64_t start = extent->start;
+    uint64_t last = extent->last;
+    ExtentNode *e;
+
+    /*
+     * When an answer is added extent by extent, none of these goes through the
+     * tree: nothing follows, and what is before is the newest one.
+     */
+    extent_set_clear(set, start, last);
+    e = start > 0 ? extent_set_same(set, start - 1, extent) : NULL;
+    if (e) {
+        start = e->node.start;
+        extent_set_remove(set, e);
+    }
+    e = last < UINT64_MAX ? extent_set_same(set, last + 1, extent) : NULL;
+    if (e) {
+        last = e->node.last;
+        extent_set_remove(set, e);
+    }
+    extent_set_insert(set, start, last, extent->flags, extent->owner);
 }
 
 /* The first extent that begins behind @last, or NULL */
