@@ -48,6 +48,11 @@ check-fresh:
 	@scripts/arguments $@
 	@scripts/check-fresh
 
+check-series:
+	@scripts/arguments $@
+	@scripts/deps build source patches
+	@$(PYTHON) scripts/check-series
+
 export:
 	@scripts/arguments $@
 	@scripts/deps source patches build
@@ -152,6 +157,9 @@ help:
 	@echo 'make coverage          a build with --enable-gcov, the unit tests and our'
 	@echo '                       iotests in it; prints which of our lines they'
 	@echo '                       reach; half an hour'
+	@echo 'make check-series      see that each step of the series compiles, and each'
+	@echo '                       patch that needs nothing on its own;'
+	@echo '                       VERSIONS="10.0" only for these; hours'
 	@echo 'make export            write the patches for VERSION as git am and'
 	@echo '                       packagers take them, into export-VERSION/'
 	@echo 'make update            take a newer QEMU, if Debian has one'
@@ -177,5 +185,5 @@ help:
 
 .PHONY: all check check-standalone check-unit check-iotests check-filtered \
         check-upstream check-long check-tsan check-clang check-fresh lint \
-        coverage export bench bench-quick demo update clean distclean \
+        check-series coverage export bench bench-quick demo update clean distclean \
         help

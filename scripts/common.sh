@@ -90,7 +90,7 @@ series_of()
 
 is_version()
 {
-    [[ " ${VERSIONS[*]} " == *" $1 "* ]]
+    [[ " ${KNOWN_VERSIONS[*]} " == *" $1 "* ]]
 }
 
 # Which version of QEMU, as patches/versions has it: VERSION says it, else the
@@ -99,18 +99,18 @@ is_version()
 # scripts/prepare to say.
 choose_version()
 {
-    mapfile -t VERSIONS < <(scripts/series --versions)
+    mapfile -t KNOWN_VERSIONS < <(scripts/series --versions)
     if [ -n "${VERSION-}" ]; then
-        is_version "$VERSION" || refuse VERSION "one of: ${VERSIONS[*]}"
+        is_version "$VERSION" || refuse VERSION "one of: ${KNOWN_VERSIONS[*]}"
     elif [ -n "${QEMU_SRC-}" ]; then
         VERSION=$(series_of "$(version_of "$QEMU_SRC")")
     else
         VERSION=$(cat cache/source.version 2> /dev/null || true)
     fi
-    is_version "$VERSION" || VERSION=${VERSIONS[0]}
+    is_version "$VERSION" || VERSION=${KNOWN_VERSIONS[0]}
     export VERSION
     SUFFIX=
-    [ "$VERSION" = "${VERSIONS[0]}" ] || SUFFIX=-$VERSION
+    [ "$VERSION" = "${KNOWN_VERSIONS[0]}" ] || SUFFIX=-$VERSION
     BUILD=${BUILD:-build$SUFFIX}
 }
 
