@@ -21,7 +21,7 @@ demo:
 
 check:
 	@scripts/arguments $@
-	@scripts/build --tests
+	@scripts/build --tests patches
 	@scripts/check scripts standalone unit iotests
 
 check-standalone:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
 Tests of the Makefile, the scripts and the documentation's examples, in a copy
-without any source of QEMU: part "scripts" of scripts/check. Nothing is
+without any source of QEMU, and of patches/: part "scripts" of scripts/check. Nothing is
 downloaded, installed or built.
 """
 
@@ -26,6 +26,8 @@ REFUSED = [
     ('all', 'CONFIGURE_FLAGS="--x', 'quotes'),
     ('all', 'CONFIGURE_FLAGS=enable-rbd', 'begin with --'),
     ('all', 'CONFIGURE_FLAGS=--disable-tools', 'qemu-img'),
+    ('all', 'VERSION=9', 'one of: 10.0'),
+    ('check-series', 'VERSIONS=9', 'some of: 10.0'),
     ('all', 'QEMU_SRC=/nonexistent', 'no such file or folder. Accepted are'),
     ('demo', 'QEMU_SRC=scripts', 'not a QEMU source tree'),
     ('check', 'QEMU_SRC=Makefile', 'Accepted are a QEMU tree'),
@@ -278,7 +280,25 @@ def check_patches(_copy):
     # pylint: disable-next=import-outside-toplevel
     import check_patches as checks
     for name, found in checks.run():
-        yield f'{name} are right', not found, '\n'.join(found)
+        yield f'{name}: nothing is wrong', not found, '\n'.join(found)
+
+
+def check_export(_copy):
+    """git am, and patch, make the prepared tree of the export."""
+    # pylint: disable-next=import-outside-toplevel
+    import patchset
+    version = patchset.version_in_use()
+    if not os.path.isdir(os.path.join(
+            TOP, f'qemu{patchset.suffix(version)}')):
+        return
+    done = subprocess.run(
+        ['scripts/export', '--check'], cwd=TOP, check=False, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env={
+            **os.environ, 'GIT_AUTHOR_NAME': 'A', 'GIT_AUTHOR_EMAIL': 'a@a',
+            'GIT_COMMITTER_NAME': 'A', 'GIT_COMMITTER_EMAIL': 'a@a'})
+    yield (f'the export for {version} is what was prepared',
+           done.returncode == 0, done.stdout)
 
 
 def examples(path):
@@ -393,8 +413,8 @@ def run(tally):
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(folder)
         for part in (check_refused, check_accepted, check_newer, check_tally,
-                     check_tree, check_examples, check_references, check_versions,
-                     check_size):
+                     check_tree, check_patches, check_export, check_examples,
+                     check_references, check_versions, check_size):
             for name, ok, output in part(copy):
                 if ok:
                     tally.passed += 1
