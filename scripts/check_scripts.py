@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
 Tests of the Makefile, the scripts and the documentation's examples, in a copy
-without any source of QEMU, and of patches/: part "scripts" of scripts/check. Nothing is
-downloaded, installed or built.
+without any source of QEMU, and of patches/: part "scripts" of scripts/check.
+Nothing is downloaded, installed or built.
 """
 
 import glob
