@@ -295,7 +295,8 @@ wb_start_worker_locked(WriteBehind *wb)
     SeqCacheLimits limits = wb_limits(wb);
 
     if (wb->worker_starting || wb->nb_workers >= WB_MAX_IN_FLIGHT ||
-        wb->freed || wb->drained || wb->error || wb_is_settled_locked(wb) ||
+        wb->freed || wb->drained || !wb->bs->drv || wb->error ||
+        wb_is_settled_locked(wb) ||
         wb_work_locked(wb, &limits) == WB_WORK_NONE) {
         return;
     }
@@ -308,16 +309,17 @@ wb_start_worker_locked(WriteBehind *wb)
 }
 
 /*
- * Write as long as something is worth it, and nobody drains the node: who does
- * waits for what is in flight, and need not wait for the whole cache.  Called
- * with wb->lock held.
+ * Write as long as something is worth it, and nobody drains the node: a drain
+ * waits for what is in flight, not for the whole cache.  A node that failed as
+ * corrupt is not told of drains, so it stops at once.  Called with wb->lock
+ * held.
  */
 static void coroutine_fn GRAPH_RDLOCK
 wb_co_work_locked(WriteBehind *wb)
 {
     SeqCacheRequest *req;
 
-    while (!wb->freed && !wb->drained && !wb->error &&
+    while (!wb->freed && !wb->drained && wb->bs->drv && !wb->error &&
            !wb_is_settled_locked(wb) &&
            (req = wb_next_request_locked(wb)) != NULL) {
         /* While this one is in flight, there may be work for another worker */

@@ -628,4 +628,3 @@ void check_all(SeqCacheTest *t)
     assert_bytes(t->disk->data, t->shadow, 0, DISK_MAX_SIZE, "disk");
     assert_bytes(t->disk->stable, t->shadow, 0, DISK_MAX_SIZE, "stable");
 }
-

@@ -1839,6 +1839,29 @@ WB_TEST(drain_rest, .cluster_size = 4096, .cache_size = 64 * 4096,
     assert_on_disk(t, 0, DISK_SIZE);
 }
 
+/* The same for a node that failed as corrupt, which is not told of the drain */
+WB_TEST(drain_failed, .cluster_size = 4096, .cache_size = 64 * 4096,
+        .max_transfer = 4096)
+{
+    BlockDriver *drv = t->bs->drv;
+
+    disk_hold(t->disk);
+    append_ok(t, 60 * 4096 + 1);
+    settle();
+    g_assert_cmpuint(t->disk->nb_held, ==, 4);
+
+    t->bs->drv = NULL;
+    release_later(t);
+    bdrv_drained_begin(t->bs);
+    g_assert_cmpuint(t->disk->nb_in_flight, ==, 0);
+    g_assert_cmpuint(t->disk->nb_writes, ==, 4);
+    bdrv_drained_end(t->bs);
+
+    t->bs->drv = drv;
+    flush_ok(t);
+    assert_on_disk(t, 0, DISK_SIZE);
+}
+
 static void coroutine_fn co_create_qcow2(void *opaque)
 {
     bool *done = opaque;
@@ -3262,6 +3285,7 @@ int main(int argc, char **argv)
     ADD_FUNC("drain/node", test_drain);
     ADD_FUNC("drain/all", test_drain_all);
     ADD("drain/rest", drain_rest);
+    ADD("drain/failed", drain_failed);
     ADD_FUNC("drain/new", test_drain_new);
     ADD_FUNC("drain/qcow2", test_drain_qcow2);
     ADD("drain/error", drain_error);
