@@ -196,11 +196,14 @@ class TinyQemu(Copy):
                 self.write(f'source-{version}/{name}', text)
         self.write('patches/versions', '10.0 10.0.1\n10.2 10.2.1\n')
         self.write('patches/series', '# All.\n\n# a:\n# Of a.\na/one.patch\n'
-                   '\n# b:\nb/two.patch [10.0 10.2 99.0]\n')
+                   '\n# b:\nb/two.patch [10.0 10.2 99.0]\n'
+                   'b/old.patch [10.0]\n')
         self.write('patches/test/series', '# None.\n')
         self.write('patches/a/one.patch', tiny_patch('one', 5))
         self.write('patches/b/two.patch', tiny_patch('two', 15, 'util/two.c'))
+        self.write('patches/b/old.patch', tiny_patch('old', 10, 'util/old.c'))
         self.write('util/two.c', '')
+        self.write('util/old.c', '')
 
     def run(self, *command, version='10.0', **variables):
         return super().run(
@@ -264,6 +267,8 @@ def check_tree(_copy):
                ' else does', status == status2 == 0 and
                '     line12a;\n' in new.pop(path, '') and new == after,
                output + output2)
+        yield ('a file that another version needs stays',
+               os.path.exists(os.path.join(folder, 'util/old.c')), output2)
         status, output = qemu.run('scripts/series', '10.2', version='10.2')
         yield 'the override is used', path in output.split(), output
 
@@ -273,6 +278,13 @@ def check_tree(_copy):
         status, output = qemu.run('scripts/save', 'tree-10.0')
         yield ('what changed in both is not lost', status != 0 and
                'util/two.c changed both' in output, output)
+
+        qemu.write('mine/file', '')
+        qemu.run('git', 'init', '-q', 'mine')
+        status, output = qemu.run('scripts/tree', '10.0', 'mine')
+        yield ('a repository of somebody else is refused', status != 0 and
+               'mine is there, and scripts/tree did not make it' in output,
+               output)
 
 
 def check_patches(_copy):
