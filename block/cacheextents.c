@@ -76,6 +76,9 @@ typedef struct BDRVCacheExtentsState {
 
     uint64_t max_extents;
 
+    /* Whether nobody else can change the child; if not, nothing is kept */
+    bool exclusive;
+
     /*
      * The flags are BDRV_BLOCK_DATA and BDRV_BLOCK_ZERO; the owner of what is
      * expected is a CoQueue of those who wait for the query
@@ -196,16 +199,6 @@ static void cacheextents_forget_locked(BlockDriverState *bs)
     trace_cacheextents_forget(bs, extent_set_count(s->extents));
     extent_set_clear(s->extents, 0, UINT64_MAX);
     s->single_queries = 0;
-}
-
-/*
- * Whether nobody but us can change the child, as far as this process goes.
- * While the node is inactive, another process can.
- */
-static bool GRAPH_RDLOCK cacheextents_can_keep(BlockDriverState *bs)
-{
-    return !(bs->file->shared_perm & (BLK_PERM_WRITE | BLK_PERM_RESIZE)) &&
-           !(bs->open_flags & BDRV_O_INACTIVE);
 }
 
 /* Forget what is no longer true.  Called with s->lock held. */
@@ -366,15 +359,20 @@ cacheextents_co_find(BlockDriverState *bs, int64_t offset, int64_t bytes,
 {
     BDRVCacheExtentsState *s = bs->opaque;
     BdrvBlockExtent answer;
-    bool waited = false;
     int64_t start;
     Extent e;
     int ret;
 
     QEMU_LOCK_GUARD(&s->lock);
 
-    cacheextents_check_epoch_locked(bs);
-    while (extent_set_first(s->extents, offset, offset, &e)) {
+    for (bool waited = false; ; waited = true) {
+        cacheextents_check_epoch_locked(bs);
+        if (!s->exclusive) {
+            return -ENOTSUP;
+        }
+        if (!extent_set_first(s->extents, offset, offset, &e)) {
+            break;
+        }
         if (!e.owner) {
             s->hits++;
             *pnum = e.last + 1 - offset;
@@ -385,8 +383,6 @@ cacheextents_co_find(BlockDriverState *bs, int64_t offset, int64_t bytes,
         }
         /* Somebody else is about to get the answer; wait only once */
         qemu_co_queue_wait(e.owner, &s->lock);
-        cacheextents_check_epoch_locked(bs);
-        waited = true;
     }
 
     s->misses++;
@@ -406,15 +402,11 @@ cacheextents_co_block_status(BlockDriverState *bs, BdrvStatusMode mode,
                              int64_t offset, int64_t bytes, int64_t *pnum,
                              int64_t *map, BlockDriverState **file)
 {
-    int ret = -ENOTSUP;
+    /* Always ask for the precise answer, it is good for everybody */
+    int ret = cacheextents_co_find(bs, offset, bytes, pnum);
 
     *map = offset;
     *file = bs->file->bs;
-
-    /* Always ask for the precise answer, it is good for everybody */
-    if (cacheextents_can_keep(bs)) {
-        ret = cacheextents_co_find(bs, offset, bytes, pnum);
-    }
     if (ret == -ENOTSUP) {
         *pnum = bytes;
         ret = BDRV_BLOCK_RAW;
@@ -558,7 +550,7 @@ static bool GRAPH_RDLOCK cacheextents_has_rival(BdrvChild *c)
  * - a backing file that nobody needs to read consistently, as a commit job is
  *   writing to it; or to which somebody still writes when the job has ended;
  * - an inactive node, and one that is forced to share (force-share).
- * See cacheextents_can_keep().
+ * See cacheextents_set_perm().
  */
 static void GRAPH_RDLOCK
 cacheextents_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
@@ -576,15 +568,22 @@ cacheextents_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
     }
 }
 
-/* Permissions have changed, or the node became inactive */
+/*
+ * Permissions have changed, or whether the node is inactive, so that another
+ * process can change the child.  A query that waits meanwhile finds either its
+ * expectation gone or us no longer exclusive.
+ */
 static void GRAPH_RDLOCK
 cacheextents_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
 {
     BDRVCacheExtentsState *s = bs->opaque;
+    bool exclusive = bs->file && !(bs->open_flags & BDRV_O_INACTIVE) &&
+        !(bs->file->shared_perm & (BLK_PERM_WRITE | BLK_PERM_RESIZE));
 
     QEMU_LOCK_GUARD(&s->lock);
 
-    if (bs->file && !cacheextents_can_keep(bs)) {
+    if (s->exclusive != exclusive) {
+        s->exclusive = exclusive;
         cacheextents_forget_locked(bs);
     }
 }

@@ -808,6 +808,37 @@ static void test_permissions(Test *t, gconstpointer opaque)
     }
 }
 
+/* Whether others may write to the child, as if the node had become inactive */
+static void share_child(Test *t, bool share)
+{
+    uint64_t perm, shared;
+
+    t->disk_bs->force_share = share;
+    blk_get_perm(t->blk, &perm, &shared);
+    blk_set_perm(t->blk, perm, shared, &error_abort);
+}
+
+/*
+ * While others may write, no answer is kept: neither one that was asked for
+ * before, nor one of a client that waited for it.
+ */
+static void test_permissions_in_query(Test *t, gconstpointer opaque)
+{
+    Op *first = hold_query(t, 0);
+    Op *second = op_start(t, OP_STATUS, 2 * BLOCK, 512);
+
+    share_child(t, true);
+    disk_set(t->disk, 0, 64 * BLOCK, DATA);
+    let_go(t, first, DATA);
+    op_finish(second, NULL);
+    g_assert_cmpuint(test_stats(t).extents, ==, 0);
+
+    disk_set(t->disk, 0, 64 * BLOCK, ZERO);
+    share_child(t, false);
+    g_assert_cmpuint(map(t), ==, 1);
+    g_assert_cmpint(status(t, 2 * BLOCK), ==, ZERO);
+}
+
 /* ---- The tests ---- */
 
 static const Config situations[] = {
@@ -972,6 +1003,7 @@ static const Config situations[] = {
     { "inactive", { STRIPED }, .func = test_inactive },
     { "cancel", { STRIPED }, .func = test_cancel },
     { "permissions", { STRIPED }, .func = test_permissions },
+    { "permissions-in-query", { STRIPED }, .func = test_permissions_in_query },
 };
 
 /* ---- At random ---- */
