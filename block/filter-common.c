@@ -12,7 +12,46 @@
 #include "block/block-io.h"
 #include "block/block_int.h"
 #include "block/filter-common.h"
+#include "qapi/error.h"
 #include "qapi/qapi-types-block-core.h"
+
+int bdrv_filter_open_child(BlockDriverState *bs, QDict *options, Error **errp)
+{
+    BlockDriverState *child;
+    int ret;
+
+    GLOBAL_STATE_CODE();
+
+    ret = bdrv_open_file_child(NULL, options, "file", bs, errp);
+    if (ret < 0) {
+        return ret;
+    }
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+    child = bs->file->bs;
+
+    /* A flush of the filter replaces FUA if the child does not support it */
+    bs->supported_write_flags = BDRV_REQ_WRITE_UNCHANGED |
+        (child->supported_write_flags & BDRV_REQ_FUA);
+    bs->supported_zero_flags = BDRV_REQ_WRITE_UNCHANGED |
+        (child->supported_zero_flags &
+         (BDRV_REQ_FUA | BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK));
+    bs->supported_truncate_flags = child->supported_truncate_flags &
+                                   BDRV_REQ_ZERO_WRITE;
+    return 0;
+}
+
+bool bdrv_has_other_parent(BlockDriverState *bs, BdrvChild *c, uint64_t perm)
+{
+    BdrvChild *p;
+
+    QLIST_FOREACH(p, &bs->parents, next_parent) {
+        if (p != c && (p->perm & perm)) {
+            return true;
+        }
+    }
+    return false;
+}
 
 /* bdrv_get_info() would know, but cannot be called by a graph writer */
 static int64_t GRAPH_RDLOCK stream_optimized_cluster_size(BlockDriverState *bs)

@@ -14,6 +14,32 @@
 #include "block/graph-lock.h"
 
 /**
+ * bdrv_filter_open_child:
+ * @bs: a filter node that is being opened.
+ * @options: its options; what is for the child is taken out.
+ * @errp: set on failure.
+ *
+ * Open the child "file", and let @bs support those flags of requests that a
+ * filter can pass on and that its child supports.  Called in the main thread,
+ * without the graph lock.
+ *
+ * Returns: 0 on success, -errno on failure.
+ */
+int bdrv_filter_open_child(BlockDriverState *bs, QDict *options, Error **errp);
+
+/**
+ * bdrv_has_other_parent:
+ * @bs: a node.
+ * @c: how one of its parents refers to it, or NULL.
+ * @perm: permissions (BLK_PERM_*).
+ *
+ * Returns: whether any of these permissions was given to a parent of @bs other
+ * than @c.
+ */
+bool GRAPH_RDLOCK bdrv_has_other_parent(BlockDriverState *bs, BdrvChild *c,
+                                        uint64_t perm);
+
+/**
  * bdrv_write_once_refresh_limits:
  * @bs: a filter node.
  * @errp: unused.
