@@ -12,7 +12,7 @@
 #ifndef TESTS_UNIT_SEQCACHE_RANDOM_H
 #define TESTS_UNIT_SEQCACHE_RANDOM_H
 
-#include "seqcache-disk.h"
+#include "seqcache-test.h"
 
 #define NB_SECTORS (DISK_MAX_SIZE / BDRV_SECTOR_SIZE)
 #define NB_STREAMS 2

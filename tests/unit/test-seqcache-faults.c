@@ -33,7 +33,7 @@
 #include "qobject/qdict.h"
 #include "block/block-extents.h"
 #include "block/snapshot.h"
-#include "seqcache-disk.h"
+#include "memory-disk.h"
 
 #define RUN_SECONDS 60
 
@@ -99,7 +99,7 @@ disk_co_block_extents(BlockDriverState *bs, int64_t offset, int64_t bytes,
                       unsigned max, GArray *extents)
 {
     Disk *d = bs->opaque;
-    int64_t block = MAX(d->align, BDRV_SECTOR_SIZE);
+    int64_t block = MAX(d->config.align, BDRV_SECTOR_SIZE);
     int ret;
 
     QEMU_LOCK_GUARD(&d->lock);
@@ -127,15 +127,10 @@ static BlockDriver bdrv_disk_extents;
 static BlockDriverState *new_disk(const Stack *stack, const char *name,
                                   int64_t len)
 {
-    QDict *opts = qdict_new();
-
-    qdict_put_int(opts, "len", len);
-    qdict_put_int(opts, "align", stack->align);
-    qdict_put_int(opts, "max-transfer", 0);
-    qdict_put_bool(opts, "flags", !stack->no_flags);
-    return bdrv_new_open_driver_opts(stack->extents ? &bdrv_disk_extents :
-                                     &bdrv_disk, name, opts,
-                                     BDRV_O_RDWR | BDRV_O_UNMAP, &error_abort);
+    return disk_new(stack->extents ? &bdrv_disk_extents : &bdrv_disk, name,
+                    &(DiskConfig) {
+        .len = len, .align = stack->align, .no_flags = stack->no_flags,
+    });
 }
 
 /* An empty image; it is made once for each stack */
@@ -192,16 +187,6 @@ static BlockDriverState *open_node(const Stack *stack, const char *name,
                      (check ? BDRV_O_CHECK : 0), &error_abort);
 }
 
-static BlockBackend *open_blk(BlockDriverState *bs)
-{
-    BlockBackend *blk = blk_new(qemu_get_aio_context(), TEST_PERMS,
-                                BLK_PERM_ALL);
-
-    blk_insert_bs(blk, bs, &error_abort);
-    blk_set_allow_write_beyond_eof(blk, true);
-    return blk;
-}
-
 static Run *run_new(const Stack *stack, DiskFault fault)
 {
     Run *r = g_new0(Run, 1);
@@ -217,7 +202,7 @@ static Run *run_new(const Stack *stack, DiskFault fault)
         fill_with_image(stack, r->disk_bs);
     }
     r->bs = open_node(stack, "node", "disk", false);
-    r->blk = open_blk(r->bs);
+    r->blk = user_new(r->bs);
     r->len = stack->len;
     r->shadow = g_malloc0(DISK_MAX_SIZE);
     r->unknown = g_new0(bool, DISK_MAX_SIZE);
@@ -339,7 +324,7 @@ static void check_image(const Stack *stack, const uint8_t *data, Run *r)
         g_error("%s: the image is corrupt", current);
     }
     if (r) {
-        blk = open_blk(bs);
+        blk = user_new(bs);
         check_reads(r, blk, false);
         blk_unref(blk);
     }

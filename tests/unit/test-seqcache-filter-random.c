@@ -438,7 +438,6 @@ static void event_reopen(RandomTest *r, GRand *rand)
 {
     int64_t cluster_size = MAX(r->align, 512) << g_rand_int_range(rand, 0, 6);
     int64_t cache_size = cluster_size * g_rand_int_range(rand, 2, 20);
-    BlockStatsSpecific *stats;
     unsigned nb_bad;
     bool bad;
     int ret;
@@ -448,15 +447,13 @@ static void event_reopen(RandomTest *r, GRand *rand)
         bad = r->bad;
         nb_bad = r->nb_bad;
     }
-    ret = seqcache_test_reopen(r->t, cluster_size, cache_size);
+    ret = seqcache_reopen(r->t, cluster_size, cache_size);
     WITH_QEMU_LOCK_GUARD(&r->lock) {
         g_assert(ret == 0 || bad || nb_bad != r->nb_bad);
     }
     open_gate(r);
     if (ret == 0) {
-        stats = bdrv_get_specific_stats(r->t->bs);
-        g_assert_cmpint(stats->u.seqcache.cache_size, ==, cache_size);
-        qapi_free_BlockStatsSpecific(stats);
+        g_assert_cmpint(seqcache_stats(r->t).cache_size, ==, cache_size);
     }
 }
 
@@ -531,23 +528,22 @@ static void random_events(RandomTest *r, const RandomCase *c, GRand *rand)
     }
 }
 
-static void test_random(const void *opaque)
+static void test_random(SeqCacheTest *t, gconstpointer opaque)
 {
     const RandomCase *c = opaque;
     RandomTest r = {
-        .t = seqcache_test_new(&c->config),
-        .align = c->config.align ?: 1,
-        .min_len = c->config.len,
-        .max_len = c->config.len,
+        .t = t,
+        .align = c->config.disk.align ?: 1,
+        .min_len = c->config.disk.len,
+        .max_len = c->config.disk.len,
         .nb_left = nb_ops / NB_CASES + 1,
         .nb_users = NB_USERS,
     };
-    SeqCacheTest *t = r.t;
     User users[NB_USERS];
     IOThread *iothreads[2];
     unsigned seed = g_test_rand_int();
     GRand *rand = g_rand_new_with_seed(seed);
-    BlockStatsSpecific *stats;
+    BlockStatsWriteBehind stats;
     unsigned i;
 
     qemu_mutex_init(&r.lock);
@@ -582,10 +578,8 @@ static void test_random(const void *opaque)
 
     g_test_message("flushes checked %u sectors, %u requests failed",
                    r.nb_checked, r.nb_failed);
-    stats = bdrv_get_specific_stats(t->bs);
-    g_assert_cmpint(stats->u.seqcache.cached_bytes, <=,
-                    stats->u.seqcache.cache_size);
-    qapi_free_BlockStatsSpecific(stats);
+    stats = seqcache_stats(t);
+    g_assert_cmpint(stats.cached_bytes, <=, stats.cache_size);
     check_all(t);
 
     /* It was a test */
@@ -599,41 +593,53 @@ static void test_random(const void *opaque)
     }
     g_rand_free(rand);
     qemu_mutex_destroy(&r.lock);
-    seqcache_test_free(t);
 }
 
 static const RandomCase cases[NB_CASES] = {
     { "align-1", {
-        .cluster_size = 4 * KiB, .cache_size = 64 * KiB, .len = 300 * KiB } },
+        .cluster_size = 4 * KiB, .cache_size = 64 * KiB,
+        .disk = { .len = 300 * KiB } } },
     { "align-512", {
-        .cluster_size = 64 * KiB, .cache_size = 512 * KiB, .align = 512,
-        .len = 1 * MiB } },
+        .cluster_size = 64 * KiB, .cache_size = 512 * KiB,
+        .disk = { .align = 512, .len = 1 * MiB } } },
     { "align-4096", {
-        .cluster_size = 16 * KiB, .cache_size = 256 * KiB, .align = 4096,
-        .len = 200 * KiB, .no_flags = true } },
+        .cluster_size = 16 * KiB, .cache_size = 256 * KiB,
+        .disk = { .align = 4096, .len = 200 * KiB, .no_flags = true } } },
     { "small-cache", {
-        .cluster_size = 512, .cache_size = 1 * KiB, .align = 512,
-        .len = 512 * KiB } },
+        .cluster_size = 512, .cache_size = 1 * KiB,
+        .disk = { .align = 512, .len = 512 * KiB } } },
     { "small-requests", {
-        .cluster_size = 4 * KiB, .cache_size = 128 * KiB, .align = 512,
-        .max_transfer = 8 * KiB, .len = 0 } },
+        .cluster_size = 4 * KiB, .cache_size = 128 * KiB,
+        .disk = { .align = 512, .max_transfer = 8 * KiB } } },
     { "errors", {
-        .cluster_size = 4 * KiB, .cache_size = 64 * KiB, .align = 512,
-        .len = 300 * KiB },
+        .cluster_size = 4 * KiB, .cache_size = 64 * KiB,
+        .disk = { .align = 512, .len = 300 * KiB } },
       .errors = true },
     { "errors-align-4096", {
-        .cluster_size = 8 * KiB, .cache_size = 32 * KiB, .align = 4096,
-        .len = 100 * KiB, .no_flags = true },
+        .cluster_size = 8 * KiB, .cache_size = 32 * KiB,
+        .disk = { .align = 4096, .len = 100 * KiB, .no_flags = true } },
       .errors = true },
     { "iothreads", {
-        .cluster_size = 8 * KiB, .cache_size = 128 * KiB, .align = 512,
-        .len = 300 * KiB },
+        .cluster_size = 8 * KiB, .cache_size = 128 * KiB,
+        .disk = { .align = 512, .len = 300 * KiB } },
       .threads = true },
     { "iothreads-errors", {
-        .cluster_size = 4 * KiB, .cache_size = 64 * KiB, .align = 4096,
-        .len = 300 * KiB },
+        .cluster_size = 4 * KiB, .cache_size = 64 * KiB,
+        .disk = { .align = 4096, .len = 300 * KiB } },
       .errors = true, .threads = true },
 };
+
+static void set_up(SeqCacheTest *t, gconstpointer opaque)
+{
+    const RandomCase *c = opaque;
+
+    seqcache_set_up(t, &c->config);
+}
+
+static void tear_down(SeqCacheTest *t, gconstpointer opaque)
+{
+    seqcache_tear_down(t);
+}
 
 int main(int argc, char **argv)
 {
@@ -650,7 +656,8 @@ int main(int argc, char **argv)
         g_autofree char *path = g_strdup_printf("/seqcache-filter/random/%s",
                                                 cases[i].name);
 
-        g_test_add_data_func(path, &cases[i], test_random);
+        g_test_add(path, SeqCacheTest, &cases[i], set_up, test_random,
+                   tear_down);
     }
     return g_test_run();
 }

@@ -17,13 +17,29 @@
 #include "qemu/units.h"
 #include "qobject/qdict.h"
 #include "iothread.h"
-#include "seqcache-disk.h"
+#include "seqcache-test.h"
+
+typedef SeqCacheTest Test;
+
+typedef struct TestConfig {
+    SeqCacheConfig filter;
+    bool around;    /* see cache_around() */
+    int param;      /* what differs between the cases of one test */
+} TestConfig;
+
+#define FILTER(cluster_size_, cache_size_, align_, ...)                 \
+    .filter = {                                                         \
+        .cluster_size = cluster_size_, .cache_size = cache_size_,       \
+        .disk = { .align = align_, .len = 512 * KiB, __VA_ARGS__ },     \
+    }
+#define PLAIN(align_) FILTER(64 * KiB, 1 * MiB, align_)
+#define SMALL(...) FILTER(4 * KiB, 64 * KiB, 512, __VA_ARGS__)
 
 /* ---- Requests ---- */
 
 /* A write of recognisable data; may go on in the background */
 typedef struct TestWrite {
-    SeqCacheTest *t;
+    Test *t;
     int64_t offset;
     int64_t bytes;
     BdrvRequestFlags flags;
@@ -40,7 +56,7 @@ static void coroutine_fn write_entry(void *opaque)
     aio_wait_kick();
 }
 
-static TestWrite *write_start(SeqCacheTest *t, AioContext *ctx, int64_t offset,
+static TestWrite *write_start(Test *t, AioContext *ctx, int64_t offset,
                               int64_t bytes, BdrvRequestFlags flags)
 {
     static unsigned gen;
@@ -79,20 +95,20 @@ static int write_finish(TestWrite *w)
     return ret;
 }
 
-static int write_flags(SeqCacheTest *t, int64_t offset, int64_t bytes,
+static int write_flags(Test *t, int64_t offset, int64_t bytes,
                        BdrvRequestFlags flags)
 {
     return write_finish(write_start(t, qemu_get_aio_context(), offset, bytes,
                                     flags));
 }
 
-static void write_ok(SeqCacheTest *t, int64_t offset, int64_t bytes)
+static void write_ok(Test *t, int64_t offset, int64_t bytes)
 {
     g_assert_cmpint(write_flags(t, offset, bytes, 0), ==, 0);
 }
 
 /* Write a range in sequential pieces */
-static void stream_ok(SeqCacheTest *t, int64_t offset, int64_t bytes,
+static void stream_ok(Test *t, int64_t offset, int64_t bytes,
                       int64_t piece)
 {
     int64_t i;
@@ -102,20 +118,37 @@ static void stream_ok(SeqCacheTest *t, int64_t offset, int64_t bytes,
     }
 }
 
-static SeqCacheTest *new_test(uint32_t align)
+/* Cached: 600 bytes around each end of [8 KiB, 24 KiB), and some inside */
+static void cache_around(Test *t)
 {
-    return seqcache_test_new(&(SeqCacheConfig) {
-        .cluster_size = 64 * KiB, .cache_size = 1 * MiB, .align = align,
-        .len = 512 * KiB,
-    });
+    stream_ok(t, 8 * KiB - 300, 600, 100);
+    stream_ok(t, 12 * KiB + 100, 600, 100);
+    stream_ok(t, 24 * KiB - 300, 600, 100);
+    g_assert_cmpint(seqcache_stats(t).cached_bytes, ==, 1800);
+}
+
+static void set_up(Test *t, const TestConfig *config)
+{
+    seqcache_set_up(t, &config->filter);
+    if (config->around) {
+        write_ok(t, 0, 64 * KiB);
+        cache_around(t);
+        disk_reset_counts(t->disk);
+    }
+}
+
+static void tear_down(Test *t, const TestConfig *config)
+{
+    if (!t->unchecked) {
+        check_all(t);
+    }
+    seqcache_tear_down(t);
 }
 
 /* ---- Writes and reads ---- */
 
-static void test_merge(void)
+DISK_TEST(merge, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
-
     /* Nobody above needs to complete blocks of the disk */
     g_assert_cmpuint(t->bs->bl.request_alignment, ==, 1);
     stream_ok(t, 100, 190000, 700);
@@ -126,13 +159,10 @@ static void test_merge(void)
     /* Goes on after the flush */
     stream_ok(t, 190100, 5000, 700);
     g_assert_cmpuint(t->disk->nb.writes, ==, 1);
-    check_all(t);
-    seqcache_test_free(t);
 }
 
-static void test_direct(void)
+DISK_TEST(direct, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
     TestWrite *w;
     int i;
 
@@ -150,49 +180,35 @@ static void test_direct(void)
     }
     g_assert_cmpuint(t->disk->nb.writes, ==, 23);
     g_assert_cmpuint(t->disk->nb.reads, ==, 0);
-    g_assert_cmpint(stat_cached_bytes(t), ==, 0);
+    g_assert_cmpint(seqcache_stats(t).cached_bytes, ==, 0);
 
     /* What starts where one of them has ended is a stream */
     write_ok(t, 4096, 512);
     write_ok(t, 392 * KiB, 512);
     g_assert_cmpuint(t->disk->nb.writes, ==, 23);
-    g_assert_cmpint(stat_cached_bytes(t), ==, 1024);
-    check_all(t);
-    seqcache_test_free(t);
+    g_assert_cmpint(seqcache_stats(t).cached_bytes, ==, 1024);
 }
 
-static void test_streams(void)
+/* Half of the cache is less than what each stream writes in all */
+DISK_TEST_CASES(streams,
+                { FILTER(16 * KiB, 1 * MiB, 512), .param = 1 },
+                { FILTER(16 * KiB, 1 * MiB, 512), .param = 8 },
+                { FILTER(16 * KiB, 1 * MiB, 512), .param = 16 })
 {
-    static const int nb_streams[] = { 1, 8, 16 };
-    unsigned nb_writes[3];
-    int i, j;
-    int64_t n;
+    int64_t bytes = 1 * MiB / config->param;
 
-    for (i = 0; i < 3; i++) {
-        SeqCacheTest *t = seqcache_test_new(&(SeqCacheConfig) {
-            .cluster_size = 16 * KiB, .cache_size = 1 * MiB, .align = 512,
-            .len = 512 * KiB,
-        });
-        int64_t bytes = 1 * MiB / nb_streams[i];
-
-        /* The first write of each cannot be known as a stream */
-        for (j = 0; j < nb_streams[i]; j++) {
-            write_ok(t, j * bytes, 512);
-        }
-        disk_reset_counts(t->disk);
-        for (n = 512; n < bytes; n += 512) {
-            for (j = 0; j < nb_streams[i]; j++) {
-                write_ok(t, j * bytes + n, 512);
-            }
-        }
-        check_all(t);
-        nb_writes[i] = t->disk->nb.writes;
-        seqcache_test_free(t);
+    /* The first write of each cannot be known as a stream */
+    for (int i = 0; i < config->param; i++) {
+        write_ok(t, i * bytes, 512);
     }
-    /* Half of the cache is less than what each of them writes in all */
-    g_assert_cmpuint(nb_writes[0], <=, 3);
-    g_assert_cmpuint(nb_writes[1], <=, 2 * 8);
-    g_assert_cmpuint(nb_writes[2], <=, 2 * 16);
+    disk_reset_counts(t->disk);
+    for (int64_t n = 512; n < bytes; n += 512) {
+        for (int i = 0; i < config->param; i++) {
+            write_ok(t, i * bytes + n, 512);
+        }
+    }
+    check_all(t);
+    g_assert_cmpuint(t->disk->nb.writes, <=, MAX(3, 2 * config->param));
 }
 
 /*
@@ -200,32 +216,20 @@ static void test_streams(void)
  * as many clusters as there are streams is enough to fill each before it is
  * written
  */
-static void test_streams_fill_cache(void)
+DISK_TEST(streams_fill_cache, FILTER(16 * KiB, 16 * 16 * KiB, 512))
 {
-    const int nb_streams = 16;
-    const int64_t bytes = 1 * MiB / nb_streams;
-    SeqCacheTest *t = seqcache_test_new(&(SeqCacheConfig) {
-        .cluster_size = 16 * KiB, .cache_size = nb_streams * 16 * KiB,
-        .align = 512, .len = 512 * KiB,
-    });
-    int64_t n;
-    int i;
-
-    for (n = 0; n < bytes; n += 512) {
-        for (i = 0; i < nb_streams; i++) {
-            write_ok(t, i * bytes + n, 512);
+    for (int64_t n = 0; n < 64 * KiB; n += 512) {
+        for (int i = 0; i < 16; i++) {
+            write_ok(t, i * 64 * KiB + n, 512);
         }
     }
     check_all(t);
     /* The first write of each cannot be known as a stream */
-    g_assert_cmpuint(t->disk->nb.writes, <=,
-                     nb_streams + 1 * MiB / (16 * KiB));
-    seqcache_test_free(t);
+    g_assert_cmpuint(t->disk->nb.writes, <=, 16 + 1 * MiB / (16 * KiB));
 }
 
-static void test_overwrite(void)
+DISK_TEST(overwrite, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
     TestWrite *w[2];
 
     /* Cached; then flushed and still cached; then across both ends */
@@ -242,27 +246,25 @@ static void test_overwrite(void)
 
     /* In flight: twice, one after the other, and each gets there */
     stream_ok(t, 131072, 65536, 4000);
-    disk_set_hold(t->disk, true);
+    disk_hold(t->disk);
     w[0] = write_start(t, qemu_get_aio_context(), 131072, 512, BDRV_REQ_FUA);
     w[1] = write_start(t, qemu_get_aio_context(), 140000, 100, 0);
     settle();
     g_assert_cmpuint(t->disk->nb_held, ==, 1);
     g_assert(!write_is_done(w[0]) && !write_is_done(w[1]));
-    disk_set_hold(t->disk, false);
+    disk_release(t->disk);
     g_assert_cmpint(write_finish(w[0]), ==, 0);
     g_assert_cmpint(write_finish(w[1]), ==, 0);
-    check_all(t);
-    seqcache_test_free(t);
 }
 
 /* Something is cached, and a request to [4096, 5120) waits in the disk alone */
-static TestWrite *overlap_start(SeqCacheTest *t, BdrvRequestFlags flags)
+static TestWrite *overlap_start(Test *t, BdrvRequestFlags flags)
 {
     TestWrite *direct;
 
     t->disk->overlap = true;
     write_ok(t, 3072, 512);
-    disk_set_hold(t->disk, true);
+    disk_hold(t->disk);
     direct = write_start(t, qemu_get_aio_context(), 4096, 1024, flags);
     if (flags == BDRV_REQ_ZERO_WRITE) {
         memset(direct->buf, 0, 1024);
@@ -270,7 +272,7 @@ static TestWrite *overlap_start(SeqCacheTest *t, BdrvRequestFlags flags)
     settle();
     g_assert_cmpuint(t->disk->nb_held, ==, 1);
     WITH_QEMU_LOCK_GUARD(&t->disk->lock) {
-        t->disk->hold = false;
+        t->disk->hold = 0;
     }
     return direct;
 }
@@ -279,38 +281,31 @@ static TestWrite *overlap_start(SeqCacheTest *t, BdrvRequestFlags flags)
  * A request goes straight to the disk; meanwhile some of its range is written
  * into the cache and from there to the disk, before the request gets there
  */
-static void test_overlap(void)
+DISK_TEST_CASES(overlap,
+                { PLAIN(512), .param = BDRV_REQ_FUA },
+                { PLAIN(512), .param = BDRV_REQ_ZERO_WRITE },
+                { PLAIN(512), .param = BDRV_REQ_WRITE_COMPRESSED })
 {
-    static const BdrvRequestFlags flags[] = {
-        BDRV_REQ_FUA, BDRV_REQ_ZERO_WRITE, BDRV_REQ_WRITE_COMPRESSED,
-    };
+    TestWrite *direct = overlap_start(t, config->param);
 
-    for (int i = 0; i < ARRAY_SIZE(flags); i++) {
-        SeqCacheTest *t = new_test(512);
-        TestWrite *direct = overlap_start(t, flags[i]);
+    disk_reset_counts(t->disk);
+    write_ok(t, 3584, 1024);
+    g_assert_cmpuint(t->disk->nb.writes, ==, 0);
+    flush_ok(t);
+    g_assert_cmpuint(t->disk->nb.writes, ==, 1);
+    read_ok(t, 3072, 1536);
+    g_assert(!write_is_done(direct));
 
-        disk_reset_counts(t->disk);
-        write_ok(t, 3584, 1024);
-        g_assert_cmpuint(t->disk->nb.writes, ==, 0);
-        flush_ok(t);
-        g_assert_cmpuint(t->disk->nb.writes, ==, 1);
-        read_ok(t, 3072, 1536);
-        g_assert(!write_is_done(direct));
-
-        disk_set_hold(t->disk, false);
-        g_assert_cmpint(write_finish(direct), ==, 0);
-        check_all(t);
-        seqcache_test_free(t);
-    }
+    disk_release(t->disk);
+    g_assert_cmpint(write_finish(direct), ==, 0);
 }
 
 /*
  * The same, and more is cached that cannot be written: what was written
  * meanwhile is what the disk has made of it
  */
-static void test_overlap_error(void)
+DISK_TEST(overlap_error, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
     TestWrite *direct = overlap_start(t, BDRV_REQ_FUA);
     uint8_t before[2048], after[2048];
 
@@ -320,7 +315,7 @@ static void test_overlap_error(void)
     disk_set_error(t->disk, ENOSPC);
     g_assert(!write_is_done(direct));
 
-    disk_set_hold(t->disk, false);
+    disk_release(t->disk);
     write_finish(direct);
     g_assert_cmpint(blk_pread(t->blk, 3584, 2048, before, 0), ==, 0);
     disk_set_error(t->disk, 0);
@@ -328,7 +323,7 @@ static void test_overlap_error(void)
     g_assert_cmpint(blk_pread(t->blk, 3584, 2048, after, 0), ==, 0);
     g_assert_cmpmem(before, 2048, after, 2048);
     g_assert_cmpmem(after, 512, t->shadow + 3584, 512);
-    seqcache_test_free(t);
+    t->unchecked = true;
 }
 
 static void flush_cb(void *opaque, int ret)
@@ -340,15 +335,14 @@ static void flush_cb(void *opaque, int ret)
  * The same, and what was written meanwhile is on the disk, but its request is
  * still in flight when more cannot be written
  */
-static void test_overlap_error_in_flight(void)
+DISK_TEST(overlap_error_in_flight, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
     TestWrite *direct = overlap_start(t, BDRV_REQ_FUA);
     uint8_t before[2048], after[2048];
     int flush = -EINPROGRESS;
 
     write_ok(t, 3584, 1024);
-    t->disk->hold_after = true;
+    t->disk->hold_after = DISK_WRITE;
     blk_aio_flush(t->blk, flush_cb, &flush);
     settle();
     g_assert_cmpuint(t->disk->nb_held, ==, 2);
@@ -360,16 +354,13 @@ static void test_overlap_error_in_flight(void)
         .kinds = DISK_WRITE, .first = 2, .lasting = true, .error = ENOSPC,
     });
     WITH_QEMU_LOCK_GUARD(&t->disk->lock) {
-        t->disk->hold_after = false;
+        t->disk->hold_after = 0;
         qemu_co_enter_next(&t->disk->held, &t->disk->lock);
-        t->disk->hold_after = true;
+        t->disk->hold_after = DISK_WRITE;
     }
     settle();
     g_assert_cmpint(flush, ==, -EINPROGRESS);
-    WITH_QEMU_LOCK_GUARD(&t->disk->lock) {
-        t->disk->hold_after = false;
-        qemu_co_enter_all(&t->disk->held, &t->disk->lock);
-    }
+    disk_release(t->disk);
     g_assert_cmpint(write_finish(direct), ==, 0);
     AIO_WAIT_WHILE_UNLOCKED(NULL, flush == -EINPROGRESS);
     g_assert_cmpint(flush, ==, -ENOSPC);
@@ -379,44 +370,35 @@ static void test_overlap_error_in_flight(void)
     flush_ok(t);
     g_assert_cmpint(blk_pread(t->blk, 3584, 2048, after, 0), ==, 0);
     g_assert_cmpmem(before, 2048, after, 2048);
-    seqcache_test_free(t);
+    t->unchecked = true;
 }
 
-static void test_fua(void)
+static void assert_stable(Test *t, int64_t offset, int64_t bytes)
 {
-    int no_flags;
+    assert_bytes(t->disk->stable + offset, t->shadow + offset, offset, bytes,
+                 "FUA");
+}
 
-    for (no_flags = 0; no_flags < 2; no_flags++) {
-        SeqCacheTest *t = seqcache_test_new(&(SeqCacheConfig) {
-            .cluster_size = 4 * KiB, .cache_size = 64 * KiB, .align = 512,
-            .len = 512 * KiB, .no_flags = no_flags,
-        });
-        int i;
-
-        /* Also if nothing was written since the last flush */
-        g_assert_cmpint(write_flags(t, 40960, 512, BDRV_REQ_FUA), ==, 0);
-        assert_bytes(t->disk->stable, t->shadow, 0, DISK_MAX_SIZE, "FUA");
-        for (i = 0; i < 4; i++) {
-            stream_ok(t, 100, 3000, 500);
-            g_assert_cmpint(write_flags(t, 1100, 500 + i * 3000, BDRV_REQ_FUA),
-                            ==, 0);
-            assert_bytes(t->disk->stable + 1100, t->shadow + 1100, 1100,
-                         500 + i * 3000, "FUA");
-            stream_ok(t, 20000, 3000, 500);
-            g_assert_cmpint(blk_pwrite_zeroes(t->blk, 20100, 1024 + i,
-                                              BDRV_REQ_FUA), ==, 0);
-            memset(t->shadow + 20100, 0, 1024 + i);
-            assert_bytes(t->disk->stable + 20100, t->shadow + 20100, 20100,
-                         1024 + i, "zero FUA");
-        }
-        check_all(t);
-        seqcache_test_free(t);
+DISK_TEST_CASES(fua, { SMALL() }, { SMALL(.no_flags = true) })
+{
+    /* Also if nothing was written since the last flush */
+    g_assert_cmpint(write_flags(t, 40960, 512, BDRV_REQ_FUA), ==, 0);
+    assert_stable(t, 0, DISK_MAX_SIZE);
+    for (int i = 0; i < 4; i++) {
+        stream_ok(t, 100, 3000, 500);
+        g_assert_cmpint(write_flags(t, 1100, 500 + i * 3000, BDRV_REQ_FUA), ==,
+                        0);
+        assert_stable(t, 1100, 500 + i * 3000);
+        stream_ok(t, 20000, 3000, 500);
+        g_assert_cmpint(blk_pwrite_zeroes(t->blk, 20100, 1024 + i,
+                                          BDRV_REQ_FUA), ==, 0);
+        memset(t->shadow + 20100, 0, 1024 + i);
+        assert_stable(t, 20100, 1024 + i);
     }
 }
 
-static void test_read(void)
+DISK_TEST(read, PLAIN(4096))
 {
-    SeqCacheTest *t = new_test(4096);
     int64_t offset;
 
     write_ok(t, 0, 512 * KiB);
@@ -427,38 +409,14 @@ static void test_read(void)
         read_ok(t, offset, 30000);
     }
     read_ok(t, 511 * KiB, 128 * KiB);
-    check_all(t);
-    seqcache_test_free(t);
 }
 
 /* ---- Everything else, with data in the cache ---- */
 
-/* Cached: 600 bytes around each end of [8 KiB, 24 KiB), and some inside */
-static void cache_around(SeqCacheTest *t)
+#define AROUND SMALL(), .around = true
+
+DISK_TEST(zero, AROUND)
 {
-    stream_ok(t, 8 * KiB - 300, 600, 100);
-    stream_ok(t, 12 * KiB + 100, 600, 100);
-    stream_ok(t, 24 * KiB - 300, 600, 100);
-    g_assert_cmpint(stat_cached_bytes(t), ==, 1800);
-}
-
-static SeqCacheTest *new_test_around(void)
-{
-    SeqCacheTest *t = seqcache_test_new(&(SeqCacheConfig) {
-        .cluster_size = 4 * KiB, .cache_size = 64 * KiB, .align = 512,
-        .len = 512 * KiB,
-    });
-
-    write_ok(t, 0, 64 * KiB);
-    cache_around(t);
-    disk_reset_counts(t->disk);
-    return t;
-}
-
-static void test_zero(void)
-{
-    SeqCacheTest *t = new_test_around();
-
     g_assert_cmpint(blk_pwrite_zeroes(t->blk, 8 * KiB, 16 * KiB,
                                       BDRV_REQ_MAY_UNMAP), ==, 0);
     memset(t->shadow + 8 * KiB, 0, 16 * KiB);
@@ -473,35 +431,25 @@ static void test_zero(void)
     check_all(t);
     g_assert_cmpint(blk_pwrite_zeroes(t->blk, 8 * KiB, 16 * KiB, 0), ==, 0);
     memset(t->shadow + 8 * KiB, 0, 16 * KiB);
-    check_all(t);
-    seqcache_test_free(t);
 }
 
-static void test_discard(void)
+DISK_TEST(discard, AROUND)
 {
-    SeqCacheTest *t = new_test_around();
-
     g_assert_cmpint(compat_blk_pdiscard(t->blk, 8 * KiB, 16 * KiB), ==, 0);
     memset(t->shadow + 8 * KiB, 0, 16 * KiB);
     g_assert_cmpuint(t->disk->nb.discards, ==, 1);
-    check_all(t);
-    seqcache_test_free(t);
 }
 
-static void test_compressed(void)
+DISK_TEST(compressed, AROUND)
 {
-    SeqCacheTest *t = new_test_around();
-
     memset(t->shadow + 8 * KiB, 0x77, 16 * KiB);
     g_assert_cmpint(blk_pwrite_compressed(t->blk, 8 * KiB, 16 * KiB,
                                           t->shadow + 8 * KiB), ==, 0);
     g_assert_cmpuint(t->disk->nb.compressed, ==, 1);
-    check_all(t);
-    seqcache_test_free(t);
 }
 
 typedef struct TestCopy {
-    SeqCacheTest *t;
+    Test *t;
     int64_t src;
     int64_t dst;
     int ret;
@@ -515,7 +463,7 @@ static void coroutine_fn copy_entry(void *opaque)
                                0, 0);
 }
 
-static void copy_ok(SeqCacheTest *t, int64_t src, int64_t dst)
+static void copy_ok(Test *t, int64_t src, int64_t dst)
 {
     TestCopy c = { .t = t, .src = src, .dst = dst, .ret = -EINPROGRESS };
 
@@ -525,22 +473,18 @@ static void copy_ok(SeqCacheTest *t, int64_t src, int64_t dst)
     memcpy(t->shadow + dst, t->shadow + src, 16 * KiB);
 }
 
-static void test_copy_range(void)
+DISK_TEST(copy_range, AROUND)
 {
-    SeqCacheTest *t = new_test_around();
-
     copy_ok(t, 8 * KiB, 100 * KiB);
     g_assert_cmpuint(t->disk->nb.copies, ==, 1);
     check_all(t);
     cache_around(t);
     copy_ok(t, 200 * KiB, 8 * KiB);
-    check_all(t);
-    seqcache_test_free(t);
 }
 
 /* ---- Length and block status ---- */
 
-static int truncate_to(SeqCacheTest *t, int64_t len, BdrvRequestFlags flags)
+static int truncate_to(Test *t, int64_t len, BdrvRequestFlags flags)
 {
     int ret = blk_truncate(t->blk, len, false, PREALLOC_MODE_OFF, flags, NULL);
 
@@ -552,10 +496,8 @@ static int truncate_to(SeqCacheTest *t, int64_t len, BdrvRequestFlags flags)
     return ret;
 }
 
-static void test_truncate(void)
+DISK_TEST(truncate, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
-
     stream_ok(t, 500 * KiB, 100 * KiB, 3000);
     g_assert_cmpint(truncate_to(t, 550 * KiB, 0), ==, 0);
     check_all(t);
@@ -577,11 +519,9 @@ static void test_truncate(void)
     g_assert_cmpint(truncate_to(t, 8192, 0), ==, -EIO);
     g_assert_cmpint(blk_getlength(t->blk), ==, ROUND_UP(30000, 512));
     disk_set_error(t->disk, 0);
-    check_all(t);
-    seqcache_test_free(t);
 }
 
-static void assert_length(SeqCacheTest *t, int64_t length)
+static void assert_length(Test *t, int64_t length)
 {
     length = ROUND_UP(length, BDRV_SECTOR_SIZE);
     g_assert_cmpint(blk_getlength(t->blk), ==, length);
@@ -596,9 +536,8 @@ static void assert_length(SeqCacheTest *t, int64_t length)
  * The length is what requests have made it, although the disk has only whole
  * blocks; but only while nobody else can resize the disk
  */
-static void test_length(void)
+DISK_TEST(length, PLAIN(4096))
 {
-    SeqCacheTest *t = new_test(4096);
     int64_t end = 512 * KiB;
 
     assert_length(t, end);
@@ -618,7 +557,7 @@ static void test_length(void)
     end += 700;
     assert_length(t, end);
 
-    g_assert_cmpint(seqcache_test_reopen(t, 8192, 64 * KiB), ==, 0);
+    g_assert_cmpint(seqcache_reopen(t, 8192, 64 * KiB), ==, 0);
     assert_length(t, end);
     g_assert_cmpint(truncate_to(t, 100 * KiB + 512, 0), ==, 0);
     assert_length(t, 100 * KiB + 512);
@@ -637,32 +576,23 @@ static void test_length(void)
     g_assert_cmpint(bdrv_refresh_total_sectors(t->bs, 0), ==, 0);
     bdrv_graph_rdunlock_main_loop();
     assert_length(t, 80 * KiB);
-    seqcache_test_free(t);
+    t->unchecked = true;
+}
+
+/* A request for zeroes reaches the disk if the disk can do it */
+DISK_TEST_CASES(truncate_flags, { SMALL() }, { SMALL(.no_flags = true) })
+{
+    bool no_flags = config->filter.disk.no_flags;
+
+    stream_ok(t, 500 * KiB, 100 * KiB, 3000);
+    g_assert_cmpint(truncate_to(t, 700 * KiB, BDRV_REQ_ZERO_WRITE), ==,
+                    no_flags ? -ENOTSUP : 0);
+    g_assert_cmphex(t->disk->truncate_flags, ==,
+                    no_flags ? 0 : BDRV_REQ_ZERO_WRITE);
 }
 
 /* Compare flags and size of the answer for what is from @offset on */
-/* A request for zeroes reaches the disk if the disk can do it */
-static void test_truncate_flags(void)
-{
-    int no_flags;
-
-    for (no_flags = 0; no_flags < 2; no_flags++) {
-        SeqCacheTest *t = seqcache_test_new(&(SeqCacheConfig) {
-            .cluster_size = 4 * KiB, .cache_size = 64 * KiB, .align = 512,
-            .len = 512 * KiB, .no_flags = no_flags,
-        });
-
-        stream_ok(t, 500 * KiB, 100 * KiB, 3000);
-        g_assert_cmpint(truncate_to(t, 700 * KiB, BDRV_REQ_ZERO_WRITE), ==,
-                        no_flags ? -ENOTSUP : 0);
-        g_assert_cmphex(t->disk->truncate_flags, ==,
-                        no_flags ? 0 : BDRV_REQ_ZERO_WRITE);
-        check_all(t);
-        seqcache_test_free(t);
-    }
-}
-
-static void assert_status(SeqCacheTest *t, int64_t offset, int flags,
+static void assert_status(Test *t, int64_t offset, int flags,
                           int64_t bytes)
 {
     int64_t pnum, map;
@@ -675,10 +605,8 @@ static void assert_status(SeqCacheTest *t, int64_t offset, int flags,
     g_assert_cmpint(pnum, ==, bytes);
 }
 
-static void test_status(void)
+DISK_TEST(status, PLAIN(4096))
 {
-    SeqCacheTest *t = new_test(4096);
-
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
     assert_status(t, 0, BDRV_BLOCK_ZERO | BDRV_BLOCK_EOF, 512 * KiB);
@@ -695,13 +623,10 @@ static void test_status(void)
     assert_status(t, 48 * KiB, BDRV_BLOCK_ZERO, 152 * KiB);
     assert_status(t, 200 * KiB, BDRV_BLOCK_DATA, 4 * KiB);
     assert_status(t, 204 * KiB, BDRV_BLOCK_ZERO | BDRV_BLOCK_EOF, 308 * KiB);
-    check_all(t);
-    seqcache_test_free(t);
 }
 
-static void test_growth(void)
+DISK_TEST(growth, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
     int64_t pnum;
     int ret;
 
@@ -726,14 +651,12 @@ static void test_growth(void)
     g_assert_cmpint(blk_getlength(t->blk), ==, 601 * KiB);
     check_all(t);
     g_assert_cmpint(t->disk->len, ==, 601 * KiB);
-    seqcache_test_free(t);
 }
 
 /* ---- Errors ---- */
 
-static void test_error(void)
+DISK_TEST(error, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
     int64_t offset = 0;
     int ret;
 
@@ -765,78 +688,57 @@ static void test_error(void)
 
     /* Everything that was accepted gets there */
     disk_set_error(t->disk, 0);
-    check_all(t);
-    seqcache_test_free(t);
 }
 
 /* ---- The node ---- */
 
-static void test_reopen(void)
+DISK_TEST(reopen, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
-
     stream_ok(t, 100, 20000, 999);
-    g_assert_cmpint(seqcache_test_reopen(t, 512, 1023), ==, -EINVAL);
-    g_assert_cmpint(seqcache_test_reopen(t, 256, 1 * MiB), ==, -EINVAL);
+    g_assert_cmpint(seqcache_reopen(t, 512, 1023), ==, -EINVAL);
+    g_assert_cmpint(seqcache_reopen(t, 256, 1 * MiB), ==, -EINVAL);
     disk_set_error(t->disk, EIO);
     write_ok(t, 20100, 1000);
-    g_assert_cmpint(seqcache_test_reopen(t, 4096, 64 * KiB), !=, 0);
+    g_assert_cmpint(seqcache_reopen(t, 4096, 64 * KiB), !=, 0);
     disk_set_error(t->disk, 0);
     read_ok(t, 0, 65536);
 
     write_ok(t, 21100, 1000);
-    g_assert_cmpint(seqcache_test_reopen(t, 4096, 8192), ==, 0);
+    g_assert_cmpint(seqcache_reopen(t, 4096, 8192), ==, 0);
     assert_bytes(t->disk->data, t->shadow, 0, DISK_MAX_SIZE, "disk");
     /* It has room for two clusters now */
     disk_reset_counts(t->disk);
     stream_ok(t, 100001, 64 * KiB, 1000);
     g_assert_cmpuint(t->disk->nb.writes, >=, 14);
-    g_assert_cmpint(stat_cached_bytes(t), <=, 8192);
-    check_all(t);
-    seqcache_test_free(t);
-}
-
-static void release(void *opaque)
-{
-    disk_set_hold(opaque, false);
+    g_assert_cmpint(seqcache_stats(t).cached_bytes, <=, 8192);
 }
 
 /* A drain waits for what is in flight, not for all that is worth writing */
-static void test_drain_rest(void)
+DISK_TEST(drain_rest,
+          FILTER(4 * KiB, 256 * KiB, 512, .max_transfer = 4 * KiB))
 {
-    SeqCacheTest *t = seqcache_test_new(&(SeqCacheConfig) {
-        .cluster_size = 4 * KiB, .cache_size = 256 * KiB, .align = 512,
-        .max_transfer = 4 * KiB, .len = 512 * KiB,
-    });
-
-    disk_set_hold(t->disk, true);
+    disk_hold(t->disk);
     stream_ok(t, 100, 240 * KiB, 1000);
-    aio_bh_schedule_oneshot(qemu_get_aio_context(), release, t->disk);
+    disk_release_later(t->disk);
     bdrv_drained_begin(t->bs);
     g_assert_cmpuint(t->disk->nb_in_flight, ==, 0);
     g_assert_cmpuint(t->disk->nb.writes, ==, 4);
     bdrv_drained_end(t->bs);
-    check_all(t);
-    seqcache_test_free(t);
 }
 
-static void test_drain(void)
+DISK_TEST(drain, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
-
     t->disk->max_hops = 10;
     stream_ok(t, 100, 600 * KiB, 64 * KiB - 1);
     g_assert_cmpuint(t->disk->nb_in_flight, >, 0);
     bdrv_drained_begin(t->bs);
     g_assert_cmpuint(t->disk->nb_in_flight, ==, 0);
     bdrv_drained_end(t->bs);
-    g_assert_cmpint(stat_cached_bytes(t), >, 0);
-    check_all(t);
-    seqcache_test_free(t);
+    g_assert_cmpint(seqcache_stats(t).cached_bytes, >, 0);
 }
 
 /* Whether somebody else may write to the disk */
-static bool disk_is_shared(SeqCacheTest *t)
+static bool disk_is_shared(Test *t)
 {
     BlockBackend *blk = blk_new(qemu_get_aio_context(), BLK_PERM_WRITE,
                                 BLK_PERM_ALL);
@@ -854,10 +756,8 @@ static void run_main_loop(void)
     settle();
 }
 
-static void test_permissions(void)
+DISK_TEST(permissions, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
-
     g_assert_false(disk_is_shared(t));
     stream_ok(t, 64 * KiB, 64 * KiB, 1000);
     disk_set_error(t->disk, EIO);
@@ -876,15 +776,12 @@ static void test_permissions(void)
     /* So somebody else may write, and is seen */
     memset(t->disk->data + 15000, 0x99, 10000);
     memset(t->shadow + 15000, 0x99, 10000);
+    memcpy(t->disk->stable, t->disk->data, DISK_MAX_SIZE);
     blk_insert_bs(t->blk, t->bs, &error_abort);
-    read_ok(t, 0, 65536);
-    seqcache_test_free(t);
 }
 
-static void test_inactive(void)
+DISK_TEST(inactive, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
-
     /* One with a name gives up its permissions */
     g_assert(monitor_add_blk(t->blk, "drive", &error_abort));
     stream_ok(t, 100, 20000, 999);
@@ -901,12 +798,10 @@ static void test_inactive(void)
     memcpy(t->disk->stable, t->disk->data, DISK_MAX_SIZE);
     check_all(t);
     monitor_remove_blk(t->blk);
-    seqcache_test_free(t);
 }
 
-static void test_aio_context(void)
+DISK_TEST(aio_context, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
     IOThread *iothread = iothread_new();
     AioContext *ctx = iothread_get_aio_context(iothread);
     int i;
@@ -920,69 +815,24 @@ static void test_aio_context(void)
     }
     /* Any thread can write */
     g_assert_cmpint(write_finish(write_start(t, ctx, 200099, 800, 0)), ==, 0);
-    check_all(t);
-    seqcache_test_free(t);
     iothread_join(iothread);
 }
 
-static void test_cancel(void)
+DISK_TEST(cancel, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
-
     bdrv_cancel_in_flight(t->bs);
     g_assert_cmpuint(t->disk->nb_cancels, ==, 1);
-    seqcache_test_free(t);
 }
 
-static void test_close(void)
+DISK_TEST(close, PLAIN(512))
 {
-    SeqCacheTest *t = new_test(512);
-
     stream_ok(t, 100, 20000, 999);
     blk_remove_bs(t->blk);
     bdrv_unref(t->bs);
     assert_bytes(t->disk->data, t->shadow, 0, DISK_MAX_SIZE, "disk");
     settle();
     t->bs = NULL;
-    seqcache_test_free(t);
+    t->unchecked = true;
 }
 
-int main(int argc, char **argv)
-{
-    bdrv_init();
-    qemu_init_main_loop(&error_abort);
-    g_test_init(&argc, &argv, NULL);
-
-#define ADD(name, func) g_test_add_func("/seqcache-filter/" name, func)
-    ADD("write/merge", test_merge);
-    ADD("write/direct", test_direct);
-    ADD("write/streams", test_streams);
-    ADD("write/streams-fill-cache", test_streams_fill_cache);
-    ADD("write/overwrite", test_overwrite);
-    ADD("write/overlap", test_overlap);
-    ADD("write/overlap-error", test_overlap_error);
-    ADD("write/overlap-error-in-flight", test_overlap_error_in_flight);
-    ADD("write/fua", test_fua);
-    ADD("read", test_read);
-    ADD("zero", test_zero);
-    ADD("discard", test_discard);
-    ADD("compressed", test_compressed);
-    ADD("copy-range", test_copy_range);
-    ADD("truncate/cached", test_truncate);
-    ADD("truncate/flags", test_truncate_flags);
-    ADD("status/cached", test_status);
-    ADD("status/growth", test_growth);
-    ADD("error", test_error);
-    ADD("node/length", test_length);
-    ADD("node/reopen", test_reopen);
-    ADD("node/drain", test_drain);
-    ADD("node/drain-rest", test_drain_rest);
-    ADD("node/permissions", test_permissions);
-    ADD("node/inactive", test_inactive);
-    ADD("node/aio-context", test_aio_context);
-    ADD("node/cancel", test_cancel);
-    ADD("node/close", test_close);
-#undef ADD
-
-    return g_test_run();
-}
+DISK_TEST_MAIN("/seqcache-filter")

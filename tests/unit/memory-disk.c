@@ -1,53 +1,48 @@
 /*
- * A disk in memory below a seqcache node, for its tests
+ * A disk in memory, for tests of what is above it
  *
  * This work is licensed under the terms of the GNU GPL, version 2 or later.
  * See the COPYING file in the top-level directory.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
- *
- * The disk asserts what the block layer promises its drivers, and that what is
- * being changed is not changed a second time meanwhile.  It knows what would
- * survive a power cut, and can hold, delay and fail requests.  A request that
- * fails may have been done in part.
  */
 
 #include "qemu/osdep.h"
-#include "block/block_int.h"
-#include "block/seqcache-compat.h"
+#include "memory-disk.h"
 #include "qapi/error.h"
 #include "qobject/qdict.h"
+#include "qemu/main-loop.h"
 #include "qemu/units.h"
-#include "system/block-backend.h"
-#include "seqcache-disk.h"
 
 static int disk_open(BlockDriverState *bs, QDict *options, int flags,
                      Error **errp)
 {
+    const DiskConfig *config =
+        (const DiskConfig *)(uintptr_t)qdict_get_int(options, "config");
     Disk *d = bs->opaque;
+
+    qdict_del(options, "config");
+    d->config = *config;
+    d->config.max_len = config->max_len ?: DISK_MAX_SIZE;
+    d->config.align = config->align ?: 1;
+    d->len = config->len;
 
     qemu_mutex_init(&d->lock);
     qemu_co_queue_init(&d->held);
     QLIST_INIT(&d->changes);
-    d->data = g_malloc0(DISK_MAX_SIZE);
-    d->stable = g_malloc0(DISK_MAX_SIZE);
-    d->mapped = g_new0(bool, DISK_MAX_SIZE / BDRV_SECTOR_SIZE);
+    d->data = g_malloc0(d->config.max_len);
+    d->stable = g_malloc0(d->config.max_len);
+    d->mapped = g_new0(bool, d->config.max_len / BDRV_SECTOR_SIZE);
+    d->log = g_array_new(false, false, sizeof(DiskWrite));
     d->rand = g_rand_new_with_seed(1);
-    d->unstable_start = DISK_MAX_SIZE;
+    d->unstable_start = d->config.max_len;
 
-    d->len = qdict_get_int(options, "len");
-    d->align = qdict_get_int(options, "align");
-    d->max_transfer = qdict_get_int(options, "max-transfer");
-    if (qdict_get_bool(options, "flags")) {
+    if (!config->no_flags) {
         bs->supported_write_flags = BDRV_REQ_FUA;
         bs->supported_truncate_flags = BDRV_REQ_ZERO_WRITE;
     }
     bs->supported_zero_flags = bs->supported_write_flags |
                                BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK;
-    qdict_del(options, "len");
-    qdict_del(options, "align");
-    qdict_del(options, "max-transfer");
-    qdict_del(options, "flags");
     return 0;
 }
 
@@ -57,6 +52,7 @@ static void disk_close(BlockDriverState *bs)
 
     g_assert_cmpuint(d->nb_in_flight, ==, 0);
     g_rand_free(d->rand);
+    g_array_unref(d->log);
     g_free(d->mapped);
     g_free(d->stable);
     g_free(d->data);
@@ -67,8 +63,8 @@ static void disk_refresh_limits(BlockDriverState *bs, Error **errp)
 {
     Disk *d = bs->opaque;
 
-    bs->bl.request_alignment = d->align;
-    bs->bl.max_transfer = d->max_transfer;
+    bs->bl.request_alignment = d->config.align;
+    bs->bl.max_transfer = d->config.max_transfer;
 }
 
 static int64_t coroutine_fn disk_co_getlength(BlockDriverState *bs)
@@ -121,8 +117,23 @@ int disk_result_locked(Disk *d, unsigned kind)
            disk_chance_locked(d, d->percent_bad) ? -EIO : 0;
 }
 
-/* Called with d->lock held */
-static void disk_change_begin_locked(Disk *d, DiskChange *c)
+/* Wait as long as requests of this kind are held.  Called with d->lock held. */
+static void coroutine_fn disk_wait_locked(Disk *d, const unsigned *hold,
+                                          unsigned kind)
+{
+    d->nb_held++;
+    while (*hold & kind) {
+        qemu_co_queue_wait(&d->held, &d->lock);
+        if (d->release_one) {
+            d->release_one = false;
+            break;
+        }
+    }
+    d->nb_held--;
+}
+
+/* What is being changed must not be changed by @c.  d->lock is held. */
+static void disk_assert_free_locked(Disk *d, const DiskChange *c)
 {
     DiskChange *other;
 
@@ -130,14 +141,16 @@ static void disk_change_begin_locked(Disk *d, DiskChange *c)
         g_assert(d->overlap || other->offset >= c->offset + c->bytes ||
                  c->offset >= other->offset + other->bytes);
     }
+}
+
+/* Called with d->lock held */
+static void coroutine_fn disk_change_begin_locked(Disk *d, DiskChange *c)
+{
+    disk_assert_free_locked(d, c);
     QLIST_INSERT_HEAD(&d->changes, c, next);
     d->nb_in_flight++;
-
-    if (d->hold) {
-        d->nb_held++;
-        qemu_co_queue_wait(&d->held, &d->lock);
-        d->nb_held--;
-    }
+    d->max_in_flight = MAX(d->max_in_flight, d->nb_in_flight);
+    disk_wait_locked(d, &d->hold, c->kind);
 }
 
 /* Called with d->lock held */
@@ -158,7 +171,7 @@ static void disk_store_locked(Disk *d, const DiskChange *c, int64_t start,
     if (!bytes) {
         return;
     }
-    g_assert_cmpint(end, <=, DISK_MAX_SIZE);
+    g_assert_cmpint(end, <=, d->config.max_len);
     if (c->src) {
         memmove(d->data + offset, c->src + start, bytes);
     } else {
@@ -184,10 +197,11 @@ static void disk_store_locked(Disk *d, const DiskChange *c, int64_t start,
  */
 static int coroutine_fn disk_co_store(Disk *d, DiskChange *c)
 {
+    int64_t align = d->config.align;
     int64_t n;
     int ret;
 
-    g_assert(QEMU_IS_ALIGNED(c->offset | c->bytes, d->align));
+    g_assert(QEMU_IS_ALIGNED(c->offset | c->bytes, align));
 
     QEMU_LOCK_GUARD(&d->lock);
 
@@ -199,7 +213,7 @@ static int coroutine_fn disk_co_store(Disk *d, DiskChange *c)
     /* It does not grow before it is clear that it will */
     n = g_rand_int_range(d->rand, 0, c->bytes + 1);
     if (d->fault.first) {
-        n = d->fault.whole ? n % 2 * c->bytes : QEMU_ALIGN_DOWN(n, d->align);
+        n = d->fault.whole ? n % 2 * c->bytes : QEMU_ALIGN_DOWN(n, align);
         n = d->fault.dead && d->nb_faults ? 0 : n;
     }
     n = MIN(n, MAX(d->len - c->offset, 0));
@@ -215,11 +229,7 @@ static int coroutine_fn disk_co_store(Disk *d, DiskChange *c)
         if (c->fua) {
             memcpy(d->stable + c->offset, d->data + c->offset, c->bytes);
         }
-        while (d->hold_after && c->kind == DISK_WRITE) {
-            d->nb_held++;
-            qemu_co_queue_wait(&d->held, &d->lock);
-            d->nb_held--;
-        }
+        disk_wait_locked(d, &d->hold_after, c->kind);
     }
     disk_change_end_locked(d, c);
     return ret;
@@ -233,7 +243,7 @@ static int coroutine_fn disk_co_preadv(BlockDriverState *bs, int64_t offset,
     int64_t n;
     int ret;
 
-    g_assert(QEMU_IS_ALIGNED(offset | bytes, d->align));
+    g_assert(QEMU_IS_ALIGNED(offset | bytes, d->config.align));
 
     QEMU_LOCK_GUARD(&d->lock);
 
@@ -271,9 +281,12 @@ static int coroutine_fn disk_co_pwritev(BlockDriverState *bs, int64_t offset,
     };
     int ret;
 
-    g_assert(!d->max_transfer || bytes <= d->max_transfer);
+    g_assert(!d->config.max_transfer || bytes <= d->config.max_transfer);
     WITH_QEMU_LOCK_GUARD(&d->lock) {
+        DiskWrite w = { .offset = offset, .bytes = bytes };
+
         d->nb.writes++;
+        g_array_append_val(d->log, w);
         c.src = begin = disk_new_write_locked(d, qiov);
     }
     ret = disk_co_store(d, &c);
@@ -329,7 +342,7 @@ static int coroutine_fn disk_co_pdiscard(BlockDriverState *bs, int64_t offset,
         .offset = offset, .bytes = bytes, .kind = DISK_DISCARD, .unmap = true,
     };
 
-    if (!QEMU_IS_ALIGNED(offset | bytes, d->align)) {
+    if (!QEMU_IS_ALIGNED(offset | bytes, d->config.align)) {
         return -ENOTSUP;
     }
     WITH_QEMU_LOCK_GUARD(&d->lock) {
@@ -374,7 +387,8 @@ disk_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
 {
     Disk *d = bs->opaque;
     DiskChange c = {
-        .offset = offset, .bytes = DISK_MAX_SIZE, .unmap = true,
+        .offset = offset, .bytes = d->config.max_len, .kind = DISK_TRUNCATE,
+        .unmap = true,
     };
     int ret;
 
@@ -384,7 +398,7 @@ disk_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     d->truncate_flags = flags;
     disk_change_begin_locked(d, &c);
     disk_delay_locked(d);
-    ret = offset > DISK_MAX_SIZE ? -EFBIG :
+    ret = offset > d->config.max_len ? -EFBIG :
           disk_result_locked(d, DISK_TRUNCATE);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "Cannot truncate disk");
@@ -408,7 +422,7 @@ static int coroutine_fn disk_co_flush(BlockDriverState *bs)
     if (ret == 0 && d->unstable_start < d->unstable_end) {
         memcpy(d->stable + d->unstable_start, d->data + d->unstable_start,
                d->unstable_end - d->unstable_start);
-        d->unstable_start = DISK_MAX_SIZE;
+        d->unstable_start = d->config.max_len;
         d->unstable_end = 0;
     }
     d->nb_in_flight++;
@@ -419,26 +433,25 @@ static int coroutine_fn disk_co_flush(BlockDriverState *bs)
 
 int disk_flags_locked(Disk *d, int64_t offset)
 {
-    int64_t block = MAX(d->align, BDRV_SECTOR_SIZE);
+    int64_t block = MAX(d->config.align, BDRV_SECTOR_SIZE);
     int64_t start = QEMU_ALIGN_DOWN(offset, block);
     bool any = false;
 
-    for (int64_t i = start; i < MIN(start + block, DISK_MAX_SIZE);
+    for (int64_t i = start; i < MIN(start + block, d->config.max_len);
          i += BDRV_SECTOR_SIZE) {
         any |= d->mapped[i / BDRV_SECTOR_SIZE];
     }
     return (any ? BDRV_BLOCK_DATA : BDRV_BLOCK_ZERO) | BDRV_BLOCK_OFFSET_VALID;
 }
 
-int coroutine_fn disk_co_block_status(BlockDriverState *bs,
-                                      BdrvStatusMode mode,
-                                      int64_t offset, int64_t bytes,
-                                      int64_t *pnum,
-                                      int64_t *map,
-                                      BlockDriverState **file)
+/* Sometimes it tells no more than what is in the first few blocks */
+static int coroutine_fn
+disk_co_block_status(BlockDriverState *bs, BdrvStatusMode mode, int64_t offset,
+                     int64_t bytes, int64_t *pnum, int64_t *map,
+                     BlockDriverState **file)
 {
     Disk *d = bs->opaque;
-    int64_t block = MAX(d->align, BDRV_SECTOR_SIZE);
+    int64_t block = MAX(d->config.align, BDRV_SECTOR_SIZE);
     int64_t end = offset + bytes;
     int64_t pos = QEMU_ALIGN_DOWN(offset, block);
     int flags, ret;
@@ -471,7 +484,7 @@ static void disk_cancel_in_flight(BlockDriverState *bs)
 }
 
 BlockDriver bdrv_disk = {
-    .format_name                = "seqcache-test-disk",
+    .format_name                = "memory-disk",
     .instance_size              = sizeof(Disk),
     .bdrv_cancel_in_flight      = disk_cancel_in_flight,
     .bdrv_open                  = disk_open,
@@ -491,13 +504,56 @@ BlockDriver bdrv_disk = {
     .bdrv_co_block_status       = disk_co_block_status,
 };
 
-void disk_set_hold(Disk *d, bool hold)
+BlockDriverState *disk_new(BlockDriver *drv, const char *name,
+                           const DiskConfig *config)
+{
+    QDict *opts = qdict_new();
+
+    qdict_put_int(opts, "config", (uintptr_t)config);
+    return bdrv_new_open_driver_opts(drv, name, opts,
+                                     BDRV_O_RDWR | BDRV_O_UNMAP, &error_abort);
+}
+
+BlockBackend *user_new(BlockDriverState *bs)
+{
+    BlockBackend *blk = blk_new(qemu_get_aio_context(),
+                                BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE |
+                                BLK_PERM_WRITE_UNCHANGED | BLK_PERM_RESIZE,
+                                BLK_PERM_ALL);
+
+    blk_insert_bs(blk, bs, &error_abort);
+    blk_set_allow_write_beyond_eof(blk, true);
+    return blk;
+}
+
+void disk_hold(Disk *d)
 {
     QEMU_LOCK_GUARD(&d->lock);
-    d->hold = hold;
-    if (!hold) {
-        qemu_co_enter_all(&d->held, &d->lock);
-    }
+    d->hold = DISK_CHANGES;
+}
+
+void disk_release(Disk *d)
+{
+    QEMU_LOCK_GUARD(&d->lock);
+    d->hold = d->hold_after = 0;
+    qemu_co_enter_all(&d->held, &d->lock);
+}
+
+static void disk_release_bh(void *opaque)
+{
+    disk_release(opaque);
+}
+
+void disk_release_later(Disk *d)
+{
+    aio_bh_schedule_oneshot(qemu_get_aio_context(), disk_release_bh, d);
+}
+
+void disk_release_one(Disk *d)
+{
+    QEMU_LOCK_GUARD(&d->lock);
+    d->release_one = d->nb_held;
+    qemu_co_enter_next(&d->held, &d->lock);
 }
 
 void disk_set_error(Disk *d, int error)
@@ -526,45 +582,75 @@ void disk_set_percent_bad(Disk *d, unsigned percent)
     d->percent_bad = percent;
 }
 
-SeqCacheTest *seqcache_test_new(const SeqCacheConfig *config)
+void disk_zero(Disk *d, int64_t offset, int64_t bytes)
 {
-    SeqCacheTest *t = g_new0(SeqCacheTest, 1);
-    QDict *opts = qdict_new();
+    DiskChange c = { .offset = offset, .bytes = bytes, .unmap = true };
 
-    qdict_put_int(opts, "len", config->len);
-    qdict_put_int(opts, "align", config->align ?: 1);
-    qdict_put_int(opts, "max-transfer", config->max_transfer);
-    qdict_put_bool(opts, "flags", !config->no_flags);
-    t->disk_bs = bdrv_new_open_driver_opts(&bdrv_disk, "disk", opts,
-                                           BDRV_O_RDWR | BDRV_O_UNMAP,
-                                           &error_abort);
-    t->disk = t->disk_bs->opaque;
-
-    opts = qdict_new();
-    qdict_put_str(opts, "driver", "seqcache");
-    qdict_put_str(opts, "node-name", "cache");
-    qdict_put_str(opts, "file", "disk");
-    qdict_put_int(opts, "cluster-size", config->cluster_size);
-    qdict_put_int(opts, "cache-size", config->cache_size);
-    t->bs = bdrv_open(NULL, NULL, opts, BDRV_O_RDWR | BDRV_O_UNMAP,
-                      &error_abort);
-
-    t->blk = blk_new(qemu_get_aio_context(), TEST_PERMS, BLK_PERM_ALL);
-    blk_insert_bs(t->blk, t->bs, &error_abort);
-    blk_set_allow_write_beyond_eof(t->blk, true);
-
-    t->shadow = g_malloc0(DISK_MAX_SIZE);
-    return t;
+    QEMU_LOCK_GUARD(&d->lock);
+    disk_assert_free_locked(d, &c);
+    disk_store_locked(d, &c, 0, bytes);
 }
 
-void seqcache_test_free(SeqCacheTest *t)
+void disk_set_limits(BlockDriverState *bs, uint32_t align,
+                     uint32_t max_transfer)
 {
-    blk_unref(t->blk);
-    bdrv_unref(t->bs);
-    bdrv_unref(t->disk_bs);
-    g_free(t->shadow);
-    g_free(t);
+    Disk *d = bs->opaque;
+
+    d->config.align = align;
+    d->config.max_transfer = max_transfer;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+    bdrv_refresh_limits(bs, NULL, &error_abort);
 }
+
+/* ---- Tests ---- */
+
+typedef struct DiskTest {
+    const char *name;
+    GTestFixtureFunc func;
+    const char *configs;
+    size_t config_size;
+    size_t nb_configs;
+} DiskTest;
+
+static GArray *disk_tests;
+
+void disk_test_add(const char *name, GTestFixtureFunc func,
+                   const void *configs, size_t config_size, size_t nb_configs)
+{
+    DiskTest test = { name, func, configs, config_size, nb_configs };
+
+    if (!disk_tests) {
+        disk_tests = g_array_new(false, false, sizeof(DiskTest));
+    }
+    g_array_append_val(disk_tests, test);
+}
+
+int disk_test_main(int argc, char **argv, const char *group,
+                   size_t fixture_size, GTestFixtureFunc set_up,
+                   GTestFixtureFunc tear_down)
+{
+    bdrv_init();
+    qemu_init_main_loop(&error_abort);
+    g_test_init(&argc, &argv, NULL);
+
+    for (guint i = 0; i < disk_tests->len; i++) {
+        const DiskTest *test = &g_array_index(disk_tests, DiskTest, i);
+
+        for (size_t k = 0; k < test->nb_configs; k++) {
+            g_autofree char *path = test->nb_configs == 1 ?
+                g_strdup_printf("%s/%s", group, test->name) :
+                g_strdup_printf("%s/%s/%zu", group, test->name, k);
+
+            g_test_add_vtable(g_strdelimit(path, "_", '-'), fixture_size,
+                              test->configs + k * test->config_size, set_up,
+                              test->func, tear_down);
+        }
+    }
+    return g_test_run();
+}
+
+/* ---- Helpers ---- */
 
 void assert_bytes(const uint8_t *found, const uint8_t *expected,
                   int64_t offset, int64_t bytes, const char *what)
@@ -581,50 +667,9 @@ void assert_bytes(const uint8_t *found, const uint8_t *expected,
             offset + i, found[i], expected[i]);
 }
 
-int64_t stat_cached_bytes(SeqCacheTest *t)
-{
-    BlockStatsSpecific *stats = bdrv_get_specific_stats(t->bs);
-    int64_t bytes = stats->u.seqcache.cached_bytes;
-
-    qapi_free_BlockStatsSpecific(stats);
-    return bytes;
-}
-
-int seqcache_test_reopen(SeqCacheTest *t, int64_t cluster_size,
-                         int64_t cache_size)
-{
-    QDict *opts = qdict_new();
-
-    qdict_put_int(opts, "cluster-size", cluster_size);
-    qdict_put_int(opts, "cache-size", cache_size);
-    return bdrv_reopen(t->bs, opts, true, NULL);
-}
-
 void settle(void)
 {
     while (aio_poll(qemu_get_aio_context(), false)) {
         /* There may be more */
     }
-}
-
-void read_ok(SeqCacheTest *t, int64_t offset, int64_t bytes)
-{
-    g_autofree uint8_t *buf = g_malloc(bytes);
-
-    g_assert_cmpint(blk_pread(t->blk, offset, bytes, buf, 0), ==, 0);
-    assert_bytes(buf, t->shadow + offset, offset, bytes, "read");
-}
-
-void flush_ok(SeqCacheTest *t)
-{
-    g_assert_cmpint(blk_flush(t->blk), ==, 0);
-}
-
-void check_all(SeqCacheTest *t)
-{
-    read_ok(t, 0, DISK_MAX_SIZE);
-    flush_ok(t);
-    read_ok(t, 0, DISK_MAX_SIZE);
-    assert_bytes(t->disk->data, t->shadow, 0, DISK_MAX_SIZE, "disk");
-    assert_bytes(t->disk->stable, t->shadow, 0, DISK_MAX_SIZE, "stable");
 }
