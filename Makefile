@@ -7,7 +7,7 @@ PYTHON ?= /usr/bin/python3
 # What the names of the version's folders end in
 SUFFIX = $(shell VERSION='$(VERSION)' QEMU_SRC='$(QEMU_SRC)' \
 	scripts/version --suffix)
-export VERSION QEMU_SRC CONFIGURE_FLAGS JOBS BUILD PYTHON V LONG_SECONDS SEED
+export VERSION QEMU_SRC CONFIGURE_FLAGS JOBS BUILD PYTHON V WITH TESTS LONG_SECONDS SEED
 
 all:
 	@scripts/arguments $@
@@ -68,45 +68,44 @@ bench bench-quick:
 	@$(PYTHON) scripts/bench $(if $(findstring quick,$@),--quick) \
 		$(patsubst %,'%',$(ROWS))
 
+# The build folders of these are given
 check-filtered:
 	@scripts/arguments $@
-	@scripts/build --test-patches upstream
-	@scripts/check-filtered $(TESTS)
+	@BUILD= WITH=test-patches scripts/build demo test upstream
+	@scripts/check filtered
 
 check-upstream:
 	@scripts/arguments $@
 	@scripts/build demo test upstream
-	@scripts/build --stock
-	@scripts/build --test-patches
-	@scripts/check-upstream $(TESTS)
+	@BUILD= WITH=stock scripts/build
+	@BUILD= WITH=test-patches scripts/build
+	@scripts/check upstream
 
+# What follows runs in environments of scripts/build and scripts/checks/tests.py
+check-long: export WITH = asan
 check-long:
 	@scripts/arguments $@
-	@scripts/build --sanitizers \
-		$(if $(filter valgrind,$(or $(PARTS),valgrind)),valgrind)
-	@$(if $(filter valgrind,$(or $(PARTS),valgrind)),scripts/build --valgrind)
-	@scripts/check-long $(PARTS)
+	@scripts/build --tests
+	@scripts/check random
 
-check-tsan: export BUILD = build-tsan$(SUFFIX)
-check-tsan: export IOTEST_TIMEOUT ?= 1800
-check-tsan: export MESON_TIMEOUT ?= 7200
-check-tsan:
+check-tsan: export WITH = tsan
+check-valgrind: export WITH = valgrind
+check-tsan check-valgrind:
 	@scripts/arguments $@
-	@scripts/build --tsan
-	@scripts/check unit our-iotests
+	@scripts/build --tests
+	@scripts/check unit iotests
 
-check-clang:
-	@scripts/arguments $@
-	@scripts/build --clang
-	@scripts/checkpatch
-
-# Without BUILD: a build folder of its own
-coverage: export BUILD := $(or $(BUILD),build-gcov)
-coverage: export CONFIGURE_FLAGS += --enable-gcov
+coverage: export WITH = gcov
 coverage:
 	@scripts/arguments $@
 	@scripts/build --tests
-	@scripts/coverage
+	@scripts/check unit iotests coverage
+
+check-clang: export WITH = clang
+check-clang:
+	@scripts/arguments $@
+	@scripts/build --tests
+	@scripts/checkpatch
 
 clean:
 	rm -rf build build-* qemu qemu-[0-9]* qemu-test* export-* cache/source*
@@ -123,17 +122,29 @@ help:
 	@echo '                       these; "scripts/bench --list" shows all'
 	@echo 'make bench-quick       the same with less of everything, in 3 minutes;'
 	@echo '                       the results go to $$BUILD/bench/quick-results/'
-	@echo 'make check             build, then run all tests'
-	@echo 'make lint              pylint and mypy over our iotests'
-	@echo 'make check-fresh       on new Debian systems that debootstrap makes: clone'
-	@echo '                       the last commit, make, make demo, make check, as'
-	@echo '                       root and as an ordinary user. Wants root, and'
-	@echo '                       hours. SUITES="bookworm trixie sid" (default: the'
-	@echo '                       first two; sid without check), USERS="root user",'
-	@echo '                       PARTS="build demo check" choose'
+	@echo 'make check             build, then run all tests; "scripts/check --list"'
+	@echo '                       prints which there are. TESTS="seqcache-io ..."'
+	@echo '                       runs only these, also with the next three and'
+	@echo '                       with check-tsan, check-valgrind and coverage'
 	@echo 'make check-standalone  the tests that need glib alone'
 	@echo 'make check-unit        the unit tests inside QEMU'
-	@echo 'make check-iotests     our iotests and those of qcow2 compression'
+	@echo 'make check-iotests     our iotests and those of qcow2 compression;'
+	@echo '                       MODES=none or writeback is their cache mode'
+	@echo 'make lint              pylint and mypy over our iotests and scripts'
+	@echo 'make check-long        the random tests for long, with AddressSanitizer'
+	@echo '                       and UBSan. LONG_SECONDS=N: how long each part'
+	@echo '                       goes on (default: 60); PARTS="filter corrupt"'
+	@echo '                       runs only these; SEED=N repeats a run'
+	@echo 'make check-tsan        the unit tests and our iotests with'
+	@echo '                       ThreadSanitizer, in build-tsan'
+	@echo 'make check-valgrind    the unit tests, and the tools in an iotest, with'
+	@echo '                       valgrind, in build-valgrind'
+	@echo 'make coverage          a build with --enable-gcov, the unit tests and our'
+	@echo '                       iotests in it; prints which of our lines they'
+	@echo '                       do not reach; half an hour'
+	@echo 'make check-clang       build with clang-19, its thread-safety analysis'
+	@echo '                       and -Werror, in build-clang; checkpatch.pl over'
+	@echo '                       our files and patches'
 	@echo 'make check-filtered    all iotests of QEMU for raw and qcow2, without'
 	@echo '                       and with a seqcache node below each image; hours;'
 	@echo '                       TESTS="raw:001 qcow2:013 ..." runs only these'
@@ -142,21 +153,12 @@ help:
 	@echo '                       for raw and qcow2, check-block, check-unit;'
 	@echo '                       hours; TESTS="qcow2:013 unit block" runs only'
 	@echo '                       these'
-	@echo 'make check-long        the random tests for long, with AddressSanitizer'
-	@echo '                       and UBSan. LONG_SECONDS=N: how long each part'
-	@echo '                       goes on (default: 60); PARTS="filter corrupt"'
-	@echo '                       runs only these; SEED=N repeats a run. The parts:'
-	@echo '                       model fuzz unit write-behind filter'
-	@echo '                       filter-images cacheextents qcow2 corrupt'
-	@echo '                       power-cuts kills faults valgrind'
-	@echo 'make check-tsan        the unit tests and our iotests with'
-	@echo '                       ThreadSanitizer, in build-tsan'
-	@echo 'make check-clang       build with clang-19, its thread-safety analysis'
-	@echo '                       and -Werror, in build-clang; checkpatch.pl over'
-	@echo '                       our files and patches'
-	@echo 'make coverage          a build with --enable-gcov, the unit tests and our'
-	@echo '                       iotests in it; prints which of our lines they'
-	@echo '                       reach; half an hour'
+	@echo 'make check-fresh       on new Debian systems that debootstrap makes: clone'
+	@echo '                       the last commit, make, make demo, make check, as'
+	@echo '                       root and as an ordinary user. Wants root, and'
+	@echo '                       hours. SUITES="bookworm trixie sid" (default: the'
+	@echo '                       first two; sid without check), USERS="root user",'
+	@echo '                       PARTS="build demo check" choose'
 	@echo 'make check-series      see that each step of the series compiles, and each'
 	@echo '                       patch that needs nothing on its own;'
 	@echo '                       VERSIONS="10.0" only for these; hours'
@@ -176,14 +178,13 @@ help:
 	@echo 'BUILD=DIR              build folder (default: build, or build-VERSION for'
 	@echo '                       another version than the first); a name that'
 	@echo '                       begins with "build-" is ignored by git'
-	@echo 'CONFIGURE_FLAGS=...    more flags for QEMU'"'"'s configure; this runs all'
-	@echo '                       tests with sanitizers, whose reports are failures:'
-	@echo '                       make check BUILD=build-asan \'
-	@echo '                           CONFIGURE_FLAGS="--enable-asan --enable-ubsan'\
-		'--enable-debug-info"'
+	@echo 'CONFIGURE_FLAGS=...    more flags for QEMU'"'"'s configure'
+	@echo 'WITH=asan              build in build-asan, with sanitizers, whose reports'
+	@echo '                       are failures of make check; also tsan, valgrind,'
+	@echo '                       gcov, clang'
 	@echo 'V=1                    show the whole output of each step'
 
 .PHONY: all check check-standalone check-unit check-iotests check-filtered \
-        check-upstream check-long check-tsan check-clang check-fresh lint \
-        check-series coverage export bench bench-quick demo update clean distclean \
-        help
+        check-upstream check-long check-tsan check-valgrind check-clang \
+        check-fresh lint check-series coverage export bench bench-quick demo update clean \
+        distclean help

@@ -19,7 +19,7 @@ class SeqCacheRow(Row):
     main = 'ns'
 
     # What each run of the program printed: it measures all rows at once
-    runs = []
+    runs: list = []
 
     def __init__(self, name, title, has_memcpy=True, at_most=None):
         figures = [ratio(MANY, FEW, 'ns', at_most=at_most)]

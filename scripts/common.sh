@@ -6,6 +6,8 @@
 
 JOBS=${JOBS:-$(nproc)}
 V=${V:-0}
+# The environment of the tests, see scripts/build; none for the default one
+WITH=${WITH-}
 export PYTHON=${PYTHON:-/usr/bin/python3}
 
 # mke2fs and others are there, and an ordinary user's PATH may not be
@@ -111,7 +113,7 @@ choose_version()
     export VERSION
     SUFFIX=
     [ "$VERSION" = "${KNOWN_VERSIONS[0]}" ] || SUFFIX=-$VERSION
-    BUILD=${BUILD:-build$SUFFIX}
+    BUILD=${BUILD:-build${WITH:+-$WITH}$SUFFIX}
 }
 
 # The words of one sentence, or of several; a line break is the caller's

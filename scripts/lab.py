@@ -233,6 +233,7 @@ class Server:
         if command:
             self.command = command
 
+    # pylint: disable-next=method-hidden
     def command(self, path):
         raise NotImplementedError
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
 The patches and our own files, and git repositories that have one commit for
-each patch: what scripts/tree, save, export, check-series and check_patches.py
-share.
+each patch: what scripts/tree, save, export, check-series and
+checks/patches.py share.
 
 A patch file is "Subject: ...", a blank line, text, trailers, a blank line and
 git's diff, or no diff at all if the patch only adds files. Its new files are

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
-Tests of the Makefile, the scripts and the documentation's examples, in a copy
-without any source of QEMU, and of patches/: part "scripts" of scripts/check.
-Nothing is downloaded, installed or built.
+Kind scripts: the Makefile, the scripts and the documentation's examples, in a
+copy without any source of QEMU, and patches/. Nothing is downloaded, installed
+or built.
 """
 
 import glob
@@ -13,7 +13,9 @@ import subprocess
 import tempfile
 import textwrap
 
-TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+import patchset
+from . import patches, programs, runner
+from .runner import TOP
 
 # What must be refused, and a part of what is said then
 REFUSED = [
@@ -34,8 +36,10 @@ REFUSED = [
     ('check', 'QEMU_SRC=old.dsc', 'there are patches for'),
     ('check', 'QEMU_SRC=other.dsc', 'not a source package of QEMU'),
     ('check', 'QEMU_SRC=alone.dsc', 'qemu.orig.tar.xz beside it'),
-    ('check', 'IOTEST_TIMEOUT=x', 'seconds'),
-    ('check', 'MESON_TIMEOUT=-1', 'seconds'),
+    ('check', 'TEST_TIMEOUT=x', 'seconds'),
+    ('check', 'WITH=nonsense', 'asan'),
+    ('check', 'TESTS=nonsense', 'scripts/check --list'),
+    ('check-long', 'WITH=nonsense', 'asan'),
     ('check', 'TEST_DIR=relative', 'absolute path'),
     ('check-long', 'PARTS=nonsense', 'model'),
     ('check-long', 'PARTS=model nonsense', 'power-cuts'),
@@ -105,6 +109,7 @@ class Copy:
 
 
 def check_refused(copy):
+    """What make's variables must not be is refused before anything begins."""
     for target, setting, expected in REFUSED:
         name = setting.partition('=')[0]
         status, output = copy.run('make', target, setting)
@@ -117,6 +122,7 @@ def check_refused(copy):
 
 
 def check_accepted(copy):
+    """What they may be is accepted."""
     for target, setting in ACCEPTED:
         name, _, value = setting.partition('=')
         status, output = copy.run('scripts/arguments', target, **{name: value})
@@ -139,11 +145,9 @@ def check_newer(copy):
 
 def check_tally(copy):
     """What several runs of scripts/check count is added, for CI's last line."""
-    # pylint: disable-next=import-outside-toplevel
-    from check_module import check
     path = os.path.join(copy.folder, 'tally')
     for passed, failed, skipped in (3, ['a'], ['b', 'c']), (4, ['d'], []):
-        tally = check.Tally()
+        tally = runner.Tally()
         tally.passed, tally.failed, tally.skipped = passed, failed, skipped
         tally.add_earlier(path)
     yield ('the counts of two runs are added',
@@ -289,16 +293,12 @@ def check_tree(_copy):
 
 def check_patches(_copy):
     """patches/ is as it should be."""
-    # pylint: disable-next=import-outside-toplevel
-    import check_patches as checks
-    for name, found in checks.run():
+    for name, found in patches.run():
         yield f'{name}: nothing is wrong', not found, '\n'.join(found)
 
 
 def check_export(_copy):
     """git am, and patch, make the prepared tree of the export."""
-    # pylint: disable-next=import-outside-toplevel
-    import patchset
     version = patchset.version_in_use()
     if not os.path.isdir(os.path.join(
             TOP, f'qemu{patchset.suffix(version)}')):
@@ -420,17 +420,27 @@ def check_size(_copy):
                       *(f'{sizes[name]} {name}' for name in largest)]))
 
 
-def run(tally):
-    """Run all, and count each in the tally of scripts/check."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Copy(folder)
-        for part in (check_refused, check_accepted, check_newer, check_tally,
-                     check_tree, check_patches, check_export, check_examples,
-                     check_references, check_versions, check_size):
-            for name, ok, output in part(copy):
-                if ok:
-                    tally.passed += 1
-                else:
-                    tally.add(name, 'fail')
-                    print(output, flush=True)
-            print(f'  done  {part.__name__}', flush=True)
+class Check(runner.Test):
+    """One of the functions above; each thing that it yields counts."""
+
+    def __init__(self, function):
+        name = function.__name__.removeprefix('check_')
+        super().__init__(name, f'{name}: {function.__doc__}', '')
+        self.function = function
+
+    def run(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for title, ok, output in self.function(Copy(folder)):
+                self.add('pass' if ok else 'fail', title=title)
+                if not ok:
+                    self.details += f'{title}:\n{output}\n'
+
+
+CHECKS = {check.name: check for check in map(Check, (
+    check_refused, check_accepted, check_newer, check_tally, check_tree,
+    check_patches, check_export, check_examples, check_references,
+    check_versions, check_size))}
+
+
+def check_tests():
+    return [CHECKS[name] for name in programs.wanted(CHECKS)]

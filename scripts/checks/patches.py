@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """
 What is wrong with patches/, as far as that can be told without any source of
-QEMU: a part of check_scripts. "python3 scripts/check_patches.py" only prints it.
+QEMU: a part of the kind scripts.
 """
 
 import os
 import re
-import sys
 
-sys.dont_write_bytecode = True
 import patchset
 
 TRAILERS = 'Costs', 'Test', 'Needs', 'Needed-By'
@@ -104,12 +102,7 @@ def wrong(version):
 
 
 def run():
-    """(name, what is wrong) of each check, for check_scripts"""
+    """(name, what is wrong) of each check"""
     for version in patchset.versions():
         yield f'the patches for {version}', sorted(set(wrong(version)))
     yield 'the files of patches/', sorted(wrong_files())
-
-
-if __name__ == '__main__':
-    for title, found in run():
-        print(f'{title}: {len(found) or "nothing"} wrong', *found, sep='\n  ')

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""
+What runs the tests. tests.py is the list of them: begin there.
+
+tests.py         which tests there are, of which kind, and in which environment
+runner.py        running a command, counting results, running tests in parallel
+programs.py      kinds standalone and unit: programs, with TAP or without
+iotests.py       kind iotests
+lint.py          kind lint
+repository.py    kind scripts; patches.py is its part about patches/
+long.py          kind random
+compare.py       kinds filtered and upstream
+coverage.py      kind coverage
+"""
