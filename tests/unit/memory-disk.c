@@ -603,54 +603,14 @@ void disk_set_limits(BlockDriverState *bs, uint32_t align,
     bdrv_refresh_limits(bs, NULL, &error_abort);
 }
 
-/* ---- Tests ---- */
+/* ---- Helpers ---- */
 
-typedef struct DiskTest {
-    const char *name;
-    GTestFixtureFunc func;
-    const char *configs;
-    size_t config_size;
-    size_t nb_configs;
-} DiskTest;
-
-static GArray *disk_tests;
-
-void disk_test_add(const char *name, GTestFixtureFunc func,
-                   const void *configs, size_t config_size, size_t nb_configs)
-{
-    DiskTest test = { name, func, configs, config_size, nb_configs };
-
-    if (!disk_tests) {
-        disk_tests = g_array_new(false, false, sizeof(DiskTest));
-    }
-    g_array_append_val(disk_tests, test);
-}
-
-int disk_test_main(int argc, char **argv, const char *group,
-                   size_t fixture_size, GTestFixtureFunc set_up,
-                   GTestFixtureFunc tear_down)
+void disk_test_init(int *argc, char ***argv)
 {
     bdrv_init();
     qemu_init_main_loop(&error_abort);
-    g_test_init(&argc, &argv, NULL);
-
-    for (guint i = 0; i < disk_tests->len; i++) {
-        const DiskTest *test = &g_array_index(disk_tests, DiskTest, i);
-
-        for (size_t k = 0; k < test->nb_configs; k++) {
-            g_autofree char *path = test->nb_configs == 1 ?
-                g_strdup_printf("%s/%s", group, test->name) :
-                g_strdup_printf("%s/%s/%zu", group, test->name, k);
-
-            g_test_add_vtable(g_strdelimit(path, "_", '-'), fixture_size,
-                              test->configs + k * test->config_size, set_up,
-                              test->func, tear_down);
-        }
-    }
-    return g_test_run();
+    g_test_init(argc, argv, NULL);
 }
-
-/* ---- Helpers ---- */
 
 void assert_bytes(const uint8_t *found, const uint8_t *expected,
                   int64_t offset, int64_t bytes, const char *what)

@@ -168,38 +168,10 @@ void disk_zero(Disk *d, int64_t offset, int64_t bytes);
 void disk_set_limits(BlockDriverState *bs, uint32_t align,
                      uint32_t max_transfer);
 
-/* ---- Tests with a fixture of type Test, which a TestConfig describes ---- */
-
-/* Add a test that is run with each of @nb_configs configurations */
-void disk_test_add(const char *name, GTestFixtureFunc func,
-                   const void *configs, size_t config_size, size_t nb_configs);
-
-/* Define a test that is run with each of some TestConfigs, or with one */
-#define DISK_TEST_CASES(name, ...)                                      \
-    static void test_##name(Test *t, const TestConfig *config);         \
-    static void __attribute__((constructor)) add_##name(void)           \
-    {                                                                   \
-        static const TestConfig configs[] = { __VA_ARGS__ };            \
-                                                                        \
-        disk_test_add(#name, (GTestFixtureFunc)test_##name, configs,    \
-                      sizeof(configs[0]), ARRAY_SIZE(configs));         \
-    }                                                                   \
-    static void test_##name(Test *t, const TestConfig *config)
-#define DISK_TEST(name, ...) DISK_TEST_CASES(name, { __VA_ARGS__ })
-
-/* The main() function, which runs all tests; they are called @group/NAME */
-int disk_test_main(int argc, char **argv, const char *group,
-                   size_t fixture_size, GTestFixtureFunc set_up,
-                   GTestFixtureFunc tear_down);
-#define DISK_TEST_MAIN(group)                                           \
-    int main(int argc, char **argv)                                     \
-    {                                                                   \
-        return disk_test_main(argc, argv, group, sizeof(Test),          \
-                              (GTestFixtureFunc)set_up,                 \
-                              (GTestFixtureFunc)tear_down);             \
-    }
-
 /* ---- Helpers ---- */
+
+/* What main() begins with */
+void disk_test_init(int *argc, char ***argv);
 
 /* Compare memory, and say where it differs */
 void assert_bytes(const uint8_t *found, const uint8_t *expected,

@@ -17,6 +17,7 @@
 #include "qemu/units.h"
 #include "qobject/qdict.h"
 #include "iothread.h"
+#include "fixture.h"
 #include "seqcache-test.h"
 
 typedef SeqCacheTest Test;
@@ -147,7 +148,7 @@ static void tear_down(Test *t, const TestConfig *config)
 
 /* ---- Writes and reads ---- */
 
-DISK_TEST(merge, PLAIN(512))
+FIXTURE_TEST(merge, PLAIN(512))
 {
     /* Nobody above needs to complete blocks of the disk */
     g_assert_cmpuint(t->bs->bl.request_alignment, ==, 1);
@@ -161,7 +162,7 @@ DISK_TEST(merge, PLAIN(512))
     g_assert_cmpuint(t->disk->nb.writes, ==, 1);
 }
 
-DISK_TEST(direct, PLAIN(512))
+FIXTURE_TEST(direct, PLAIN(512))
 {
     TestWrite *w;
     int i;
@@ -190,7 +191,7 @@ DISK_TEST(direct, PLAIN(512))
 }
 
 /* Half of the cache is less than what each stream writes in all */
-DISK_TEST_CASES(streams,
+FIXTURE_CASES(streams,
                 { FILTER(16 * KiB, 1 * MiB, 512), .param = 1 },
                 { FILTER(16 * KiB, 1 * MiB, 512), .param = 8 },
                 { FILTER(16 * KiB, 1 * MiB, 512), .param = 16 })
@@ -216,7 +217,7 @@ DISK_TEST_CASES(streams,
  * as many clusters as there are streams is enough to fill each before it is
  * written
  */
-DISK_TEST(streams_fill_cache, FILTER(16 * KiB, 16 * 16 * KiB, 512))
+FIXTURE_TEST(streams_fill_cache, FILTER(16 * KiB, 16 * 16 * KiB, 512))
 {
     for (int64_t n = 0; n < 64 * KiB; n += 512) {
         for (int i = 0; i < 16; i++) {
@@ -228,7 +229,7 @@ DISK_TEST(streams_fill_cache, FILTER(16 * KiB, 16 * 16 * KiB, 512))
     g_assert_cmpuint(t->disk->nb.writes, <=, 16 + 1 * MiB / (16 * KiB));
 }
 
-DISK_TEST(overwrite, PLAIN(512))
+FIXTURE_TEST(overwrite, PLAIN(512))
 {
     TestWrite *w[2];
 
@@ -281,7 +282,7 @@ static TestWrite *overlap_start(Test *t, BdrvRequestFlags flags)
  * A request goes straight to the disk; meanwhile some of its range is written
  * into the cache and from there to the disk, before the request gets there
  */
-DISK_TEST_CASES(overlap,
+FIXTURE_CASES(overlap,
                 { PLAIN(512), .param = BDRV_REQ_FUA },
                 { PLAIN(512), .param = BDRV_REQ_ZERO_WRITE },
                 { PLAIN(512), .param = BDRV_REQ_WRITE_COMPRESSED })
@@ -304,7 +305,7 @@ DISK_TEST_CASES(overlap,
  * The same, and more is cached that cannot be written: what was written
  * meanwhile is what the disk has made of it
  */
-DISK_TEST(overlap_error, PLAIN(512))
+FIXTURE_TEST(overlap_error, PLAIN(512))
 {
     TestWrite *direct = overlap_start(t, BDRV_REQ_FUA);
     uint8_t before[2048], after[2048];
@@ -335,7 +336,7 @@ static void flush_cb(void *opaque, int ret)
  * The same, and what was written meanwhile is on the disk, but its request is
  * still in flight when more cannot be written
  */
-DISK_TEST(overlap_error_in_flight, PLAIN(512))
+FIXTURE_TEST(overlap_error_in_flight, PLAIN(512))
 {
     TestWrite *direct = overlap_start(t, BDRV_REQ_FUA);
     uint8_t before[2048], after[2048];
@@ -379,7 +380,7 @@ static void assert_stable(Test *t, int64_t offset, int64_t bytes)
                  "FUA");
 }
 
-DISK_TEST_CASES(fua, { SMALL() }, { SMALL(.no_flags = true) })
+FIXTURE_CASES(fua, { SMALL() }, { SMALL(.no_flags = true) })
 {
     /* Also if nothing was written since the last flush */
     g_assert_cmpint(write_flags(t, 40960, 512, BDRV_REQ_FUA), ==, 0);
@@ -397,7 +398,7 @@ DISK_TEST_CASES(fua, { SMALL() }, { SMALL(.no_flags = true) })
     }
 }
 
-DISK_TEST(read, PLAIN(4096))
+FIXTURE_TEST(read, PLAIN(4096))
 {
     int64_t offset;
 
@@ -415,7 +416,7 @@ DISK_TEST(read, PLAIN(4096))
 
 #define AROUND SMALL(), .around = true
 
-DISK_TEST(zero, AROUND)
+FIXTURE_TEST(zero, AROUND)
 {
     g_assert_cmpint(blk_pwrite_zeroes(t->blk, 8 * KiB, 16 * KiB,
                                       BDRV_REQ_MAY_UNMAP), ==, 0);
@@ -433,14 +434,14 @@ DISK_TEST(zero, AROUND)
     memset(t->shadow + 8 * KiB, 0, 16 * KiB);
 }
 
-DISK_TEST(discard, AROUND)
+FIXTURE_TEST(discard, AROUND)
 {
     g_assert_cmpint(compat_blk_pdiscard(t->blk, 8 * KiB, 16 * KiB), ==, 0);
     memset(t->shadow + 8 * KiB, 0, 16 * KiB);
     g_assert_cmpuint(t->disk->nb.discards, ==, 1);
 }
 
-DISK_TEST(compressed, AROUND)
+FIXTURE_TEST(compressed, AROUND)
 {
     memset(t->shadow + 8 * KiB, 0x77, 16 * KiB);
     g_assert_cmpint(blk_pwrite_compressed(t->blk, 8 * KiB, 16 * KiB,
@@ -473,7 +474,7 @@ static void copy_ok(Test *t, int64_t src, int64_t dst)
     memcpy(t->shadow + dst, t->shadow + src, 16 * KiB);
 }
 
-DISK_TEST(copy_range, AROUND)
+FIXTURE_TEST(copy_range, AROUND)
 {
     copy_ok(t, 8 * KiB, 100 * KiB);
     g_assert_cmpuint(t->disk->nb.copies, ==, 1);
@@ -496,7 +497,7 @@ static int truncate_to(Test *t, int64_t len, BdrvRequestFlags flags)
     return ret;
 }
 
-DISK_TEST(truncate, PLAIN(512))
+FIXTURE_TEST(truncate, PLAIN(512))
 {
     stream_ok(t, 500 * KiB, 100 * KiB, 3000);
     g_assert_cmpint(truncate_to(t, 550 * KiB, 0), ==, 0);
@@ -536,7 +537,7 @@ static void assert_length(Test *t, int64_t length)
  * The length is what requests have made it, although the disk has only whole
  * blocks; but only while nobody else can resize the disk
  */
-DISK_TEST(length, PLAIN(4096))
+FIXTURE_TEST(length, PLAIN(4096))
 {
     int64_t end = 512 * KiB;
 
@@ -580,7 +581,7 @@ DISK_TEST(length, PLAIN(4096))
 }
 
 /* A request for zeroes reaches the disk if the disk can do it */
-DISK_TEST_CASES(truncate_flags, { SMALL() }, { SMALL(.no_flags = true) })
+FIXTURE_CASES(truncate_flags, { SMALL() }, { SMALL(.no_flags = true) })
 {
     bool no_flags = config->filter.disk.no_flags;
 
@@ -605,7 +606,7 @@ static void assert_status(Test *t, int64_t offset, int flags,
     g_assert_cmpint(pnum, ==, bytes);
 }
 
-DISK_TEST(status, PLAIN(4096))
+FIXTURE_TEST(status, PLAIN(4096))
 {
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
@@ -625,7 +626,7 @@ DISK_TEST(status, PLAIN(4096))
     assert_status(t, 204 * KiB, BDRV_BLOCK_ZERO | BDRV_BLOCK_EOF, 308 * KiB);
 }
 
-DISK_TEST(growth, PLAIN(512))
+FIXTURE_TEST(growth, PLAIN(512))
 {
     int64_t pnum;
     int ret;
@@ -655,7 +656,7 @@ DISK_TEST(growth, PLAIN(512))
 
 /* ---- Errors ---- */
 
-DISK_TEST(error, PLAIN(512))
+FIXTURE_TEST(error, PLAIN(512))
 {
     int64_t offset = 0;
     int ret;
@@ -692,7 +693,7 @@ DISK_TEST(error, PLAIN(512))
 
 /* ---- The node ---- */
 
-DISK_TEST(reopen, PLAIN(512))
+FIXTURE_TEST(reopen, PLAIN(512))
 {
     stream_ok(t, 100, 20000, 999);
     g_assert_cmpint(seqcache_reopen(t, 512, 1023), ==, -EINVAL);
@@ -714,7 +715,7 @@ DISK_TEST(reopen, PLAIN(512))
 }
 
 /* A drain waits for what is in flight, not for all that is worth writing */
-DISK_TEST(drain_rest,
+FIXTURE_TEST(drain_rest,
           FILTER(4 * KiB, 256 * KiB, 512, .max_transfer = 4 * KiB))
 {
     disk_hold(t->disk);
@@ -726,7 +727,7 @@ DISK_TEST(drain_rest,
     bdrv_drained_end(t->bs);
 }
 
-DISK_TEST(drain, PLAIN(512))
+FIXTURE_TEST(drain, PLAIN(512))
 {
     t->disk->max_hops = 10;
     stream_ok(t, 100, 600 * KiB, 64 * KiB - 1);
@@ -756,7 +757,7 @@ static void run_main_loop(void)
     settle();
 }
 
-DISK_TEST(permissions, PLAIN(512))
+FIXTURE_TEST(permissions, PLAIN(512))
 {
     g_assert_false(disk_is_shared(t));
     stream_ok(t, 64 * KiB, 64 * KiB, 1000);
@@ -780,7 +781,7 @@ DISK_TEST(permissions, PLAIN(512))
     blk_insert_bs(t->blk, t->bs, &error_abort);
 }
 
-DISK_TEST(inactive, PLAIN(512))
+FIXTURE_TEST(inactive, PLAIN(512))
 {
     /* One with a name gives up its permissions */
     g_assert(monitor_add_blk(t->blk, "drive", &error_abort));
@@ -800,7 +801,7 @@ DISK_TEST(inactive, PLAIN(512))
     monitor_remove_blk(t->blk);
 }
 
-DISK_TEST(aio_context, PLAIN(512))
+FIXTURE_TEST(aio_context, PLAIN(512))
 {
     IOThread *iothread = iothread_new();
     AioContext *ctx = iothread_get_aio_context(iothread);
@@ -818,13 +819,13 @@ DISK_TEST(aio_context, PLAIN(512))
     iothread_join(iothread);
 }
 
-DISK_TEST(cancel, PLAIN(512))
+FIXTURE_TEST(cancel, PLAIN(512))
 {
     bdrv_cancel_in_flight(t->bs);
     g_assert_cmpuint(t->disk->nb_cancels, ==, 1);
 }
 
-DISK_TEST(close, PLAIN(512))
+FIXTURE_TEST(close, PLAIN(512))
 {
     stream_ok(t, 100, 20000, 999);
     blk_remove_bs(t->blk);
@@ -835,4 +836,9 @@ DISK_TEST(close, PLAIN(512))
     t->unchecked = true;
 }
 
-DISK_TEST_MAIN("/seqcache-filter")
+int main(int argc, char **argv)
+{
+    disk_test_init(&argc, &argv);
+    fixture_add_tests("/seqcache-filter");
+    return g_test_run();
+}

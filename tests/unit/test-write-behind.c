@@ -15,6 +15,7 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
+#include "fixture.h"
 #include "memory-disk.h"
 #include "block/write-behind.h"
 #include "iothread.h"
@@ -622,7 +623,6 @@ static void check_all(Test *t)
 {
     disk_set_error(t->disk, 0);
     disk_release(t->disk);
-    read_all(t);
     flush_ok(t);
     assert_all_on_disk(t);
 }
@@ -644,7 +644,7 @@ static void fill_cache(Test *t)
 /* ---- What goes to the child ---- */
 
 /* A filter makes room for a request that goes to the child */
-DISK_TEST(write_out, LARGE(4 * MiB), .no_pad = true)
+FIXTURE_TEST(write_out, LARGE(4 * MiB), .no_pad = true)
 {
     TestOp *op;
 
@@ -678,7 +678,7 @@ DISK_TEST(write_out, LARGE(4 * MiB), .no_pad = true)
     assert_all_on_disk(t);
 }
 
-DISK_TEST(write_out_error, LARGE(4 * MiB), .no_pad = true)
+FIXTURE_TEST(write_out_error, LARGE(4 * MiB), .no_pad = true)
 {
     write_ok(t, 0, 1000);
     disk_set_error(t->disk, EIO);
@@ -690,7 +690,7 @@ DISK_TEST(write_out_error, LARGE(4 * MiB), .no_pad = true)
     assert_on_disk(t, 0, 2000);
 }
 
-DISK_TEST(overwrite, LARGE(4 * MiB), .no_pad = true)
+FIXTURE_TEST(overwrite, LARGE(4 * MiB), .no_pad = true)
 {
     TestOp *flush;
 
@@ -717,7 +717,7 @@ DISK_TEST(overwrite, LARGE(4 * MiB), .no_pad = true)
 }
 
 /* What goes on inside of a cluster is taken without a reservation */
-DISK_TEST(append, SMALL(2), .align = 512)
+FIXTURE_TEST(append, SMALL(2), .align = 512)
 {
     run_fails(t, -EAGAIN, op_co_write, .offset = 0, .bytes = 1);
     write_ok(t, 0, 1000);
@@ -749,7 +749,7 @@ DISK_TEST(append, SMALL(2), .align = 512)
 }
 
 /* Small pieces come out in order, in large aligned requests without reads */
-DISK_TEST(large_requests, LARGE(4 * MiB), .align = 4096)
+FIXTURE_TEST(large_requests, LARGE(4 * MiB), .align = 4096)
 {
     int64_t total = 5 * MiB + 12345;
     int64_t piece = 1;
@@ -774,7 +774,7 @@ DISK_TEST(large_requests, LARGE(4 * MiB), .align = 4096)
 }
 
 /* Neither the limits of the child nor half of a small cache are exceeded */
-DISK_TEST_CASES(request_size,
+FIXTURE_CASES(request_size,
          { LARGE(4 * MiB), .align = 512, .param = MiB },
          { LARGE(512 * KiB), .align = 512, .param = 256 * KiB },
          { LARGE(128 * KiB), .align = 512, .param = 64 * KiB },
@@ -796,7 +796,7 @@ DISK_TEST_CASES(request_size,
 }
 
 /* Alignment and maximum size are those that the child has at that moment */
-DISK_TEST(limits_change, LARGE(4 * MiB), .align = 512)
+FIXTURE_TEST(limits_change, LARGE(4 * MiB), .align = 512)
 {
     append_ok(t, 1000);
     flush_ok(t);
@@ -817,7 +817,7 @@ DISK_TEST(limits_change, LARGE(4 * MiB), .align = 512)
 }
 
 /* A request that begins inside a cluster is not delayed until it is longer */
-DISK_TEST(full_request, LARGE(8 * MiB), .align = 512)
+FIXTURE_TEST(full_request, LARGE(8 * MiB), .align = 512)
 {
     append_ok(t, 1000);
     flush_ok(t);
@@ -833,7 +833,7 @@ DISK_TEST(full_request, LARGE(8 * MiB), .align = 512)
 }
 
 /* Clusters smaller than a block of the child: blocks are still written once */
-DISK_TEST(large_alignment, .cluster_size = 512, .cache_size = 64 * KiB,
+FIXTURE_TEST(large_alignment, .cluster_size = 512, .cache_size = 64 * KiB,
         .align = 4096)
 {
     while (t->alloc < 256 * KiB) {
@@ -844,7 +844,7 @@ DISK_TEST(large_alignment, .cluster_size = 512, .cache_size = 64 * KiB,
 }
 
 /* Where padding is not allowed, the neighbouring bytes stay what they are */
-DISK_TEST(no_pad, LARGE(MiB), .no_pad = true, .align = 4096)
+FIXTURE_TEST(no_pad, LARGE(MiB), .no_pad = true, .align = 4096)
 {
     fill_disk(t);
     write_ok(t, 10000, 100000);
@@ -855,7 +855,7 @@ DISK_TEST(no_pad, LARGE(MiB), .no_pad = true, .align = 4096)
 
 /* ---- Flush ---- */
 
-DISK_TEST(flush, LARGE(MiB), .align = 512)
+FIXTURE_TEST(flush, LARGE(MiB), .align = 512)
 {
     /* Nothing to do */
     flush_ok(t);
@@ -888,7 +888,7 @@ DISK_TEST(flush, LARGE(MiB), .align = 512)
 }
 
 /* The functions that can be called from the main loop do the same */
-DISK_TEST(not_in_coroutine, LARGE(MiB))
+FIXTURE_TEST(not_in_coroutine, LARGE(MiB))
 {
     write_ok(t, 0, 1000);
     write_ok(t, MiB, 1000);
@@ -906,7 +906,7 @@ DISK_TEST(not_in_coroutine, LARGE(MiB))
 }
 
 /* A flush waits for what is in flight, and does not write it once more */
-DISK_TEST(flush_in_flight, LARGE(512 * KiB))
+FIXTURE_TEST(flush_in_flight, LARGE(512 * KiB))
 {
     TestOp *first, *second;
 
@@ -933,7 +933,7 @@ DISK_TEST(flush_in_flight, LARGE(512 * KiB))
 }
 
 /* A flush writes the stream as it was; what came later is for the next one */
-DISK_TEST(flush_growing, LARGE(MiB), .align = 512)
+FIXTURE_TEST(flush_growing, LARGE(MiB), .align = 512)
 {
     TestOp *flush;
 
@@ -953,7 +953,7 @@ DISK_TEST(flush_growing, LARGE(MiB), .align = 512)
 }
 
 /* The same while it has to wait for other requests */
-DISK_TEST(flush_growing_later, LARGE(MiB), .max_streams = 8, .align = 512)
+FIXTURE_TEST(flush_growing_later, LARGE(MiB), .max_streams = 8, .align = 512)
 {
     TestOp *flush;
 
@@ -995,7 +995,7 @@ static int coroutine_fn op_stream(TestOp *op)
 }
 
 /* A flush ends though somebody writes all the time */
-DISK_TEST(flush_terminates, SMALL(16), .align = 512)
+FIXTURE_TEST(flush_terminates, SMALL(16), .align = 512)
 {
     Streaming s = {
         .op = { .t = t, .fn = op_stream, .bytes = 700, .gen = 1 },
@@ -1026,7 +1026,7 @@ DISK_TEST(flush_terminates, SMALL(16), .align = 512)
 /* ---- The bound, and waiting for room ---- */
 
 /* Many writers in a small cache all get through, and in their order */
-DISK_TEST_CASES(bound,
+FIXTURE_CASES(bound,
          { .cluster_size = 512, .cache_size = 1024, .max_streams = 1,
            .align = 512 },
          { .cluster_size = 512, .cache_size = 4096, .align = 512 },
@@ -1070,7 +1070,7 @@ DISK_TEST_CASES(bound,
 }
 
 /* Memory is counted in clusters, not in bytes */
-DISK_TEST(bound_clusters, SMALL(4), .max_streams = 100)
+FIXTURE_TEST(bound_clusters, SMALL(4), .max_streams = 100)
 {
     TestOp ops[16];
     unsigned n, nb_released;
@@ -1102,7 +1102,7 @@ DISK_TEST(bound_clusters, SMALL(4), .max_streams = 100)
 }
 
 /* Who needs much is not overtaken by those who need little */
-DISK_TEST(reserve_order, SMALL(8))
+FIXTURE_TEST(reserve_order, SMALL(8))
 {
     TestOp *large, *small;
 
@@ -1128,7 +1128,7 @@ DISK_TEST(reserve_order, SMALL(8))
 }
 
 /* Streams are ended only if there is no other way, and the oldest first */
-DISK_TEST(streams_end, SMALL(3))
+FIXTURE_TEST(streams_end, SMALL(3))
 {
     write_ok(t, 0, 100);
     write_ok(t, MiB, 100);
@@ -1150,7 +1150,7 @@ DISK_TEST(streams_end, SMALL(3))
 }
 
 /* While a reservation is outstanding, what it counts on stays */
-DISK_TEST(streams_stay, SMALL(2))
+FIXTURE_TEST(streams_stay, SMALL(2))
 {
     TestOp *waiter;
 
@@ -1185,7 +1185,7 @@ DISK_TEST(streams_stay, SMALL(2))
 }
 
 /* Writes that would need more than one run in a cluster change nothing */
-DISK_TEST(refused, SMALL(16))
+FIXTURE_TEST(refused, SMALL(16))
 {
     static const DiskWrite bad[] = {
         { 4096, 10 },           /* before a run */
@@ -1228,7 +1228,7 @@ static void start_all_held(Test *t, TestOp *ops, unsigned n, unsigned nb_held)
 }
 
 /* After an error, all who come share one attempt, and data stays readable */
-DISK_TEST(error_shared, LARGE(4 * MiB))
+FIXTURE_TEST(error_shared, LARGE(4 * MiB))
 {
     TestOp ops[] = {
         { .t = t, .fn = op_flush },
@@ -1272,7 +1272,7 @@ DISK_TEST(error_shared, LARGE(4 * MiB))
 }
 
 /* The success of another request does not mean that the failed one is there */
-DISK_TEST(error_kept, LARGE(4 * MiB))
+FIXTURE_TEST(error_kept, LARGE(4 * MiB))
 {
     disk_hold(t->disk);
     append_ok(t, 2 * MiB);
@@ -1303,7 +1303,7 @@ DISK_TEST(error_kept, LARGE(4 * MiB))
 }
 
 /* A flush stops at the first failure; an error is not forgotten by success */
-DISK_TEST(error_fails_fast, LARGE(MiB), .max_streams = 8)
+FIXTURE_TEST(error_fails_fast, LARGE(MiB), .max_streams = 8)
 {
     TestOp flush[2] = {
         { .t = t, .fn = op_flush },
@@ -1348,7 +1348,7 @@ DISK_TEST(error_fails_fast, LARGE(MiB), .max_streams = 8)
 }
 
 /* With a full cache all writers get the error; what was refused is retried */
-DISK_TEST(error_full, SMALL(4))
+FIXTURE_TEST(error_full, SMALL(4))
 {
     TestOp ops[16];
     unsigned nb_failed = 0;
@@ -1396,7 +1396,7 @@ DISK_TEST(error_full, SMALL(4))
 }
 
 /* A reservation made before the error can be used after it */
-DISK_TEST(error_reserved, SMALL(16))
+FIXTURE_TEST(error_reserved, SMALL(16))
 {
     TestOp *waiter;
 
@@ -1420,7 +1420,7 @@ DISK_TEST(error_reserved, SMALL(16))
 /* ---- Drain ---- */
 
 /* One node is drained, or all; writers wait for room */
-DISK_TEST_CASES(drain, { SMALL(16) }, { SMALL(16), .param = true })
+FIXTURE_CASES(drain, { SMALL(16) }, { SMALL(16), .param = true })
 {
     bool all = config->param;
     TestOp ops[8];
@@ -1472,7 +1472,7 @@ DISK_TEST_CASES(drain, { SMALL(16) }, { SMALL(16), .param = true })
  * A drain waits for what is in flight, not for all that is worth writing; also
  * on a node that failed as corrupt, which is not told of the drain
  */
-DISK_TEST_CASES(drain_rest, { BUSY }, { BUSY, .param = true })
+FIXTURE_CASES(drain_rest, { BUSY }, { BUSY, .param = true })
 {
     if (config->param) {
         t->bs->drv = NULL;
@@ -1510,7 +1510,7 @@ static void coroutine_fn co_create_qcow2(void *opaque)
 }
 
 /* qcow2 tells its cache, as the node of this test does */
-DISK_TEST(drain_qcow2, SMALL(2), .max_transfer = 4096)
+FIXTURE_TEST(drain_qcow2, SMALL(2), .max_transfer = 4096)
 {
     BlockDriverState *disk_bs = new_disk("image", t->config);
     Disk *d = disk_bs->opaque;
@@ -1555,7 +1555,7 @@ DISK_TEST(drain_qcow2, SMALL(2), .max_transfer = 4096)
 }
 
 /* A cache that is created in a drained section writes nothing before its end */
-DISK_TEST(drain_new, SMALL(16))
+FIXTURE_TEST(drain_new, SMALL(16))
 {
     bdrv_drain_all_begin();
     test_new_wb(t);
@@ -1572,7 +1572,7 @@ DISK_TEST(drain_new, SMALL(16))
 }
 
 /* A drain ends though nothing can be written, and a flush in it works */
-DISK_TEST(drain_error, SMALL(16))
+FIXTURE_TEST(drain_error, SMALL(16))
 {
     disk_hold(t->disk);
     append_ok(t, 15 * 4096 + 1);
@@ -1589,7 +1589,7 @@ DISK_TEST(drain_error, SMALL(16))
 
 /* ---- Discard ---- */
 
-DISK_TEST(discard, SMALL(256))
+FIXTURE_TEST(discard, SMALL(256))
 {
     fill_disk(t);
 
@@ -1629,7 +1629,7 @@ DISK_TEST(discard, SMALL(256))
 }
 
 /* The space can be used by others as soon as a discard returns */
-DISK_TEST(discard_in_flight, SMALL(8))
+FIXTURE_TEST(discard_in_flight, SMALL(8))
 {
     TestOp *flush, *discard;
     uint8_t byte;
@@ -1657,7 +1657,7 @@ DISK_TEST(discard_in_flight, SMALL(8))
 }
 
 /* The same for a stream that is being flushed, and that goes on meanwhile */
-DISK_TEST(discard_stream_in_flight, SMALL(8))
+FIXTURE_TEST(discard_stream_in_flight, SMALL(8))
 {
     TestOp *flush, *discard;
 
@@ -1681,7 +1681,7 @@ DISK_TEST(discard_stream_in_flight, SMALL(8))
 }
 
 /* What was discarded is not tried again, and its error is gone with it */
-DISK_TEST(discard_failed, SMALL(4))
+FIXTURE_TEST(discard_failed, SMALL(4))
 {
     TestOp *discard;
 
@@ -1724,7 +1724,7 @@ DISK_TEST(discard_failed, SMALL(4))
 }
 
 /* A discard in a full cache lets those go on who wait for room */
-DISK_TEST(discard_makes_room, SMALL(4))
+FIXTURE_TEST(discard_makes_room, SMALL(4))
 {
     TestOp *waiter;
 
@@ -1763,7 +1763,7 @@ static void read_everywhere(Test *t)
 }
 
 /* Cached bytes from the cache, the others from the disk, at any boundary */
-DISK_TEST(read, SMALL(256), .no_pad = true, .align = 512)
+FIXTURE_TEST(read, SMALL(256), .no_pad = true, .align = 512)
 {
     TestOp *flush;
 
@@ -1795,7 +1795,7 @@ DISK_TEST(read, SMALL(256), .no_pad = true, .align = 512)
 }
 
 /* What padding is going to overwrite does not come from the disk */
-DISK_TEST(read_padding, SMALL(256), .align = 512)
+FIXTURE_TEST(read_padding, SMALL(256), .align = 512)
 {
     fill_disk(t);
     write_ok(t, 1000, 8000);
@@ -1809,7 +1809,7 @@ DISK_TEST(read_padding, SMALL(256), .align = 512)
     t->unchecked = true;
 }
 
-DISK_TEST(gap, SMALL(256))
+FIXTURE_TEST(gap, SMALL(256))
 {
     write_ok(t, 1000, 8000);
     g_assert_cmpint(wb_gap(t->wb, 0, 1000), ==, 1000);
@@ -1830,7 +1830,7 @@ DISK_TEST(gap, SMALL(256))
 /* ---- The child ---- */
 
 /* Without a child the data stays; with a new one it goes there */
-DISK_TEST(child, SMALL(4), .align = 512)
+FIXTURE_TEST(child, SMALL(4), .align = 512)
 {
     BlockDriverState *old_bs = t->disk_bs;
 
@@ -1855,7 +1855,7 @@ DISK_TEST(child, SMALL(4), .align = 512)
 
 /* ---- Statistics ---- */
 
-DISK_TEST(stats, SMALL(5), .no_pad = true)
+FIXTURE_TEST(stats, SMALL(5), .no_pad = true)
 {
     WriteBehindOptions opts = {
         .cache_size = 5 * 4096 + 100,
@@ -1898,7 +1898,7 @@ DISK_TEST(stats, SMALL(5), .no_pad = true)
 }
 
 /* What is in flight is not written yet, what is discarded never will be */
-DISK_TEST(stats_unwritten, SMALL(8))
+FIXTURE_TEST(stats_unwritten, SMALL(8))
 {
     disk_hold(t->disk);
     append_ok(t, 8 * 4096);
@@ -1952,7 +1952,7 @@ static void assert_no_writes_later(Test *t)
 #define AGE SMALL(64), .max_age_ms = 1
 
 /* What nobody flushes is written nevertheless, once, and not padded */
-DISK_TEST(age, AGE, .align = 512)
+FIXTURE_TEST(age, AGE, .align = 512)
 {
     append_ok(t, 1000);
     settle();
@@ -1977,7 +1977,7 @@ DISK_TEST(age, AGE, .align = 512)
 }
 
 /* What is young when the timer runs out is written the next time */
-DISK_TEST(age_mark, AGE)
+FIXTURE_TEST(age_mark, AGE)
 {
     write_ok(t, 0, 1000);
     write_ok(t, MiB, 1000);
@@ -1988,7 +1988,7 @@ DISK_TEST(age_mark, AGE)
 }
 
 /* One request at a time, and small ones: of 256 KiB, where others have 1 MiB */
-DISK_TEST(age_requests, LARGE(4 * MiB), .max_age_ms = 1)
+FIXTURE_TEST(age_requests, LARGE(4 * MiB), .max_age_ms = 1)
 {
     append_ok(t, 640 * KiB);
     append_ok(t, 1);
@@ -2007,7 +2007,7 @@ DISK_TEST(age_requests, LARGE(4 * MiB), .max_age_ms = 1)
 }
 
 /* Not in a drained section, but after it */
-DISK_TEST(age_drained, AGE)
+FIXTURE_TEST(age_drained, AGE)
 {
     append_ok(t, 10 * 4096);
     bdrv_drained_begin(t->bs);
@@ -2018,7 +2018,7 @@ DISK_TEST(age_drained, AGE)
 }
 
 /* A drained section that begins meanwhile waits for one request */
-DISK_TEST(age_drain_begins, LARGE(4 * MiB), .max_age_ms = 1)
+FIXTURE_TEST(age_drain_begins, LARGE(4 * MiB), .max_age_ms = 1)
 {
     append_ok(t, 640 * KiB);
     disk_hold(t->disk);
@@ -2033,7 +2033,7 @@ DISK_TEST(age_drain_begins, LARGE(4 * MiB), .max_age_ms = 1)
 }
 
 /* Not on a node that is inactive, or whose image is corrupt */
-DISK_TEST(age_inactive, AGE)
+FIXTURE_TEST(age_inactive, AGE)
 {
     append_ok(t, 1000);
     t->bs->open_flags |= BDRV_O_INACTIVE;
@@ -2049,7 +2049,7 @@ DISK_TEST(age_inactive, AGE)
 }
 
 /* One attempt; then it is for a flush or a writer to try again */
-DISK_TEST(age_error, AGE)
+FIXTURE_TEST(age_error, AGE)
 {
     append_ok(t, 1000);
     disk_set_error(t->disk, EIO);
@@ -2069,7 +2069,7 @@ DISK_TEST(age_error, AGE)
 }
 
 /* The timer is gone with the cache, also when it has run out */
-DISK_TEST(age_free, AGE)
+FIXTURE_TEST(age_free, AGE)
 {
     append_ok(t, 1000);
     g_usleep(2000);
@@ -2086,7 +2086,7 @@ DISK_TEST(age_free, AGE)
  * Who settles a node waits for what is in flight, but for no more; then a graph
  * change need not wait.  A flush and a writer go on.
  */
-DISK_TEST(settle_stop, BUSY)
+FIXTURE_TEST(settle_stop, BUSY)
 {
     TestOp *op = start(t, op_settle, .gen = BDRV_SETTLE_STOP);
     TestOp *flush;
@@ -2114,7 +2114,7 @@ DISK_TEST(settle_stop, BUSY)
 }
 
 /* It is not for ever: what is left is written after a while */
-DISK_TEST(settle_stop_ends, BUSY, .max_age_ms = 1)
+FIXTURE_TEST(settle_stop_ends, BUSY, .max_age_ms = 1)
 {
     TestOp *op = start(t, op_settle, .gen = BDRV_SETTLE_STOP);
 
@@ -2126,7 +2126,7 @@ DISK_TEST(settle_stop_ends, BUSY, .max_age_ms = 1)
 }
 
 /* One at a time, but at once */
-DISK_TEST(settle_idle, BUSY)
+FIXTURE_TEST(settle_idle, BUSY)
 {
     TestOp *op = start(t, op_settle, .gen = BDRV_SETTLE_IDLE);
 
@@ -2145,7 +2145,7 @@ DISK_TEST(settle_idle, BUSY)
 }
 
 /* In steps, between which the graph can be changed; it ends beside a writer */
-DISK_TEST(settle_write, BUSY)
+FIXTURE_TEST(settle_write, BUSY)
 {
     unsigned steps = 0;
     int ret;
@@ -2171,7 +2171,7 @@ DISK_TEST(settle_write, BUSY)
 }
 
 /* While requests are in flight, it sleeps */
-DISK_TEST(settle_write_waits, BUSY)
+FIXTURE_TEST(settle_write_waits, BUSY)
 {
     TestOp *op = start(t, op_settle, .gen = BDRV_SETTLE_WRITE);
 
@@ -2184,7 +2184,7 @@ DISK_TEST(settle_write_waits, BUSY)
 }
 
 /* A node above one that has a cache, and one whose image is corrupt */
-DISK_TEST(settle_graph, BUSY)
+FIXTURE_TEST(settle_graph, BUSY)
 {
     BlockDriverState *bs = t->bs;
     BlockBackend *blk;
@@ -2213,7 +2213,7 @@ DISK_TEST(settle_graph, BUSY)
 
 /* ---- Writing out in the background ---- */
 
-DISK_TEST(start_write_out, LARGE(4 * MiB))
+FIXTURE_TEST(start_write_out, LARGE(4 * MiB))
 {
     /* Nothing to write */
     wb_start_write_out(t->wb);
@@ -2248,7 +2248,7 @@ DISK_TEST(start_write_out, LARGE(4 * MiB))
 }
 
 /* What has failed is tried once; a flush that succeeds ends it */
-DISK_TEST(start_write_out_error, LARGE(4 * MiB), .max_age_ms = 1)
+FIXTURE_TEST(start_write_out_error, LARGE(4 * MiB), .max_age_ms = 1)
 {
     append_ok(t, 640 * KiB);
     fail_flush(t, EIO);
@@ -2292,7 +2292,7 @@ static int coroutine_fn op_free(TestOp *op)
 }
 
 /* A worker that was created, but did not begin, finds nothing to work on */
-DISK_TEST(free_pending, SMALL(4))
+FIXTURE_TEST(free_pending, SMALL(4))
 {
     run_ok(t, op_free, .bytes = 4 * 4096);
     bdrv_drained_begin(t->bs);
@@ -2302,7 +2302,7 @@ DISK_TEST(free_pending, SMALL(4))
 }
 
 /* Data that could not be written is no obstacle to closing the node */
-DISK_TEST(close_error, SMALL(4))
+FIXTURE_TEST(close_error, SMALL(4))
 {
     disk_set_error(t->disk, EIO);
     append_ok(t, 4 * 4096);
@@ -2311,7 +2311,7 @@ DISK_TEST(close_error, SMALL(4))
 }
 
 /* An image that failed as corrupt is not written any more, and nobody hangs */
-DISK_TEST(abandon, SMALL(16), .max_transfer = 4096)
+FIXTURE_TEST(abandon, SMALL(16), .max_transfer = 4096)
 {
     TestOp *flush;
 
@@ -2336,7 +2336,7 @@ DISK_TEST(abandon, SMALL(16), .max_transfer = 4096)
 /* ---- Several threads, and writers of the graph ---- */
 
 /* Change the graph somewhere else while there are waiters */
-DISK_TEST(graph_change, SMALL(4), .align = 512)
+FIXTURE_TEST(graph_change, SMALL(4), .align = 512)
 {
     TestOp *flush;
     TestOp ops[16];
@@ -2378,7 +2378,7 @@ static int coroutine_fn op_append_until_writer(TestOp *op)
 }
 
 /* A writer of the graph can drain the node, though a worker begins just then */
-DISK_TEST(graph_worker, SMALL(4))
+FIXTURE_TEST(graph_worker, SMALL(4))
 {
     IOThread *iothread = iothread_new();
     WriterTest w = {
@@ -2526,19 +2526,19 @@ static void fill_in_threads(Test *t, void (*interfere)(Test *t,
 #define IOTHREADS(streams) { SMALL(12), .align = 512, .max_streams = streams }
 
 /* Requests from several threads at a time */
-DISK_TEST_CASES(iothreads, IOTHREADS(8), IOTHREADS(2))
+FIXTURE_CASES(iothreads, IOTHREADS(8), IOTHREADS(2))
 {
     fill_in_threads(t, NULL);
 }
 
 /* The node's home changes while there are requests */
-DISK_TEST_CASES(iothreads_move, IOTHREADS(8), IOTHREADS(2))
+FIXTURE_CASES(iothreads_move, IOTHREADS(8), IOTHREADS(2))
 {
     fill_in_threads(t, move_node);
 }
 
 /* There are always writers of the graph that wait for the requests to end */
-DISK_TEST_CASES(iothreads_graph, IOTHREADS(8), IOTHREADS(2))
+FIXTURE_CASES(iothreads_graph, IOTHREADS(8), IOTHREADS(2))
 {
     fill_in_threads(t, change_graph);
 }
@@ -2695,7 +2695,7 @@ static void random_event(RandomTest *r)
 #define RANDOM_USERS 8
 #define RANDOM_STEPS 1000
 
-DISK_TEST_CASES(random,
+FIXTURE_CASES(random,
          { SMALL(2), .align = 512 },
          { SMALL(16), .align = 4096, .max_streams = 8 },
          { .cluster_size = 512, .cache_size = 16 * KiB, .align = 4096,
@@ -2746,4 +2746,9 @@ DISK_TEST_CASES(random,
     g_rand_free(r.rand);
 }
 
-DISK_TEST_MAIN("/write-behind")
+int main(int argc, char **argv)
+{
+    disk_test_init(&argc, &argv);
+    fixture_add_tests("/write-behind");
+    return g_test_run();
+}
