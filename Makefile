@@ -58,6 +58,14 @@ export:
 	@scripts/deps source patches build
 	@scripts/export
 
+deb:
+	@scripts/arguments $@
+	@scripts/deb
+
+check-deb:
+	@scripts/arguments $@
+	@scripts/check-deb
+
 update:
 	@scripts/arguments $@
 	@scripts/debian-source --update
@@ -164,6 +172,12 @@ help:
 	@echo '                       VERSIONS="10.0" only for these; hours'
 	@echo 'make export            write the patches for VERSION as git am and'
 	@echo '                       packagers take them, into export-VERSION/'
+	@echo 'make deb               packages for Debian 13, from its own source package'
+	@echo '                       with our patches, in build-deb/. Wants root.'
+	@echo '                       DEB=utils: only qemu-utils and qemu-block-extra;'
+	@echo '                       DEB=x86 (default): qemu-system-x86 as well'
+	@echo 'make check-deb         in a new Debian 13: install, upgrade, use under'
+	@echo '                       libvirt, and downgrade what make deb makes'
 	@echo 'make update            take a newer QEMU, if Debian has one'
 	@echo 'make clean             remove the prepared tree and all builds'
 	@echo 'make distclean         the same, and the downloads'
@@ -186,5 +200,5 @@ help:
 
 .PHONY: all check check-standalone check-unit check-iotests check-filtered \
         check-upstream check-long check-tsan check-valgrind check-clang \
-        check-fresh lint check-series coverage export bench bench-quick demo update clean \
-        distclean help
+        check-fresh check-deb lint check-series coverage deb export bench \
+        bench-quick demo update clean distclean help

@@ -54,6 +54,11 @@ REFUSED = [
     ('check-fresh', 'SUITES=nonsense', 'bookworm trixie sid'),
     ('check-fresh', 'USERS=nonsense', 'root user'),
     ('check-fresh', 'PARTS=nonsense', 'build demo check'),
+    ('deb', 'DEB=nonsense', 'utils x86'),
+    ('deb', 'DEB_REVISION=a', 'number from 1'),
+    ('deb', 'DEB_CCACHE=yes', '1, or nothing'),
+    ('deb', 'VERSION=10.2', 'Debian 13'),
+    ('check-deb', 'QEMU_SRC=scripts', '.dsc of Debian'),
     ('bench', 'ROWS=nonsense', 'convert-*'),
     ('bench-quick', 'ROWS=convert-* nonsense', 'convert-*'),
 ]
@@ -66,6 +71,7 @@ ACCEPTED = [
     ('check-filtered', 'TESTS=raw qcow2:013'),
     ('check-upstream', 'TESTS=unit:test-aio block'),
     ('bench', 'ROWS=convert-* filter-4k-*'), ('check-fresh', 'SUITES=sid'),
+    ('deb', 'DEB=utils'), ('check-deb', 'DEB=utils x86'),
 ]
 
 # All files in git together, and each: what is made by a run is not committed
