@@ -53,6 +53,8 @@ bootstrap()
         "$ENTRY_URI" || return 1
     conf=$base/etc/apt/apt.conf.d/99seqcache
     echo 'APT::Get::Assume-Yes "true";' > "$conf"
+    # The system does not outlive a crash of this machine
+    echo force-unsafe-io > "$base/etc/dpkg/dpkg.cfg.d/99seqcache"
     apt-config dump | grep '^Acquire::.*[Pp]roxy' >> "$conf" || true
     release=$(echo "$base"/var/lib/apt/lists/*_InRelease)
     until=$(sed -n 's/^Valid-Until: //p' "$release")
