@@ -60,6 +60,13 @@ def run(*command, **options):
     return done.stdout
 
 
+def start(command):
+    """A program in the background; the log has what it prints."""
+    with open(LOG, 'ab') as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log,
+                                stderr=log)
+
+
 def expect(condition, text):
     if not condition:
         raise Failed(text)
@@ -75,8 +82,7 @@ def wait_for(condition, what, seconds=120):
 
 
 def versions():
-    """{package: version} of those of ours that are installed, of all others of
-    the source as well"""
+    """{package: version} of what is installed of QEMU's source"""
     text = run('dpkg-query', '-W', '-f',
                '${source:Package} ${Package} ${Version} ${db:Status-Abbrev}\n')
     return {words[1]: words[2] for words in map(str.split, text.splitlines())
@@ -153,10 +159,7 @@ class Guest:
                         'cgroup_controllers = []\nstdio_handler = "file"\n')
             program = next(filter(os.path.exists, (
                 '/usr/sbin/virtqemud', '/usr/sbin/libvirtd')))
-            with open(LOG, 'ab') as log:
-                # pylint: disable-next=consider-using-with
-                self.daemon = subprocess.Popen([program], stdout=log,
-                                               stderr=log)
+            self.daemon = start([program])
             wait_for(lambda: subprocess.run(
                 ['virsh', '-q', 'version'], check=False,
                 capture_output=True).returncode == 0, 'libvirt')
@@ -194,7 +197,6 @@ class Guest:
                 'driver': 'file', 'filename': path, 'aio': 'threads',
                 'cache': {'direct': True}}})
         log = RequestLog(path)
-        # pylint: disable-next=consider-using-with
         trace = subprocess.Popen(
             [*[w for w in log.prefix if w not in ('--seccomp-bpf', '-qq')],
              '-p', self.pid()], stderr=subprocess.PIPE, text=True)
@@ -230,7 +232,7 @@ class Servers:
             f.write(f'server.document-root = "{WORK}"\n'
                     'server.bind = "127.0.0.1"\n'
                     f'server.port = {HTTP_PORT}\n')
-        self.processes = [subprocess.Popen(command) for command in (
+        self.processes = [start(command) for command in (
             ['lighttpd', '-D', '-f', f'{WORK}/lighttpd.conf'],
             ['tgtd', '-f', '-C', '7', '--iscsi',
              f'portal=127.0.0.1:{ISCSI_PORT}'])]
@@ -245,7 +247,7 @@ class Servers:
                 run('tgtadm', '-C', '7', '--lld', 'iscsi', '--mode', words[0],
                     '--op', *words[1:])
         except BaseException:
-            self.__exit__()
+            self.__exit__(None, None, None)
             raise
         return self
 
@@ -256,7 +258,7 @@ class Servers:
 
 
 class Steps:
-    """The steps, and what they hand on"""
+    """The steps, and what they hand on; the docstrings are what is printed"""
 
     def __init__(self):
         self.guest = Guest()
@@ -264,19 +266,19 @@ class Steps:
         self.stock = self.stock_backup = None
 
     @staticmethod
-    def need_system():
+    def _need_system():
         if not HAS_SYSTEM:
             raise Skipped('these packages have no qemu-system')
 
     @staticmethod
-    def upgrade(folder):
+    def _upgrade(folder):
         """apt upgrade, with our repository among the package sources"""
         with open(SOURCES_LIST, 'w', encoding='utf-8') as f:
             f.write(f'deb [trusted=yes] file:{REPOSITORY}/{folder} ./\n')
         run('apt-get', 'update')
         run('apt-get', 'upgrade')
 
-    def expect_ours(self, end):
+    def _expect_ours(self, end):
         """All packages of the source are ours, and no other was touched."""
         now = versions()
         expect(now.keys() == self.debian.keys(),
@@ -290,6 +292,7 @@ class Steps:
 
     def install_debian(self):
         """Debian's own packages are installed"""
+        run('apt-get', 'upgrade')
         run('apt-get', 'install', '--no-install-recommends', *OURS, *TOOLS,
             *(LIBVIRT if HAS_SYSTEM else []))
         os.makedirs(WORK)
@@ -303,7 +306,7 @@ class Steps:
 
     def guest_of_debian(self):
         """libvirt starts a guest with Debian's qemu, and makes a backup"""
-        self.need_system()
+        self._need_system()
         self.guest.start()
         expect('seqcache' not in self.guest.version(), self.guest.version())
         self.stock_backup = self.guest.backup()
@@ -311,13 +314,13 @@ class Steps:
 
     def upgrade_to_ours(self):
         """apt upgrade takes ours, while the guest runs"""
-        self.upgrade('now')
-        self.expect_ours('')
+        self._upgrade('now')
+        self._expect_ours('')
         expect('seqcache' in qemu_img('--version'), qemu_img('--version'))
 
     def guest_survives(self):
         """the guest of before goes on, and loads a module of its version"""
-        self.need_system()
+        self._need_system()
         expect('seqcache' not in self.guest.version(), self.guest.version())
         self.guest.backup()
         with Servers():
@@ -361,7 +364,7 @@ class Steps:
 
     def backup(self):
         """libvirt starts a guest with ours, and a backup writes full clusters"""
-        self.need_system()
+        self._need_system()
         self.guest.start()
         expect('seqcache' in self.guest.version(), self.guest.version())
         found = self.guest.backup()
@@ -371,12 +374,12 @@ class Steps:
 
     def upgrade_again(self):
         """apt upgrade takes a later one of ours, while the guest runs"""
-        self.upgrade('later')
-        self.expect_ours('.1')
+        self._upgrade('later')
+        self._expect_ours('.1')
 
     def backup_again(self):
         """a backup before the guest is restarted, and after"""
-        self.need_system()
+        self._need_system()
         writes = [self.guest.backup()['writes']]
         self.guest.stop()
         self.guest.start()
@@ -418,10 +421,9 @@ def main():
     steps = Steps()
     counts = {'passed': 0, 'failed': 0, 'skipped': 0}
     for name, step in vars(Steps).items():
-        if name.startswith('__') or not step.__doc__ or \
-                name in ('need_system', 'upgrade', 'expect_ours'):
+        if name.startswith('_'):
             continue
-        start = time.monotonic()
+        begin = time.monotonic()
         try:
             note = getattr(steps, name)()
             outcome = 'passed'
@@ -431,7 +433,7 @@ def main():
                 TypeError) as e:
             note, outcome = str(e), 'failed'
         counts[outcome] += 1
-        print(f'{outcome}: {step.__doc__} ({time.monotonic() - start:.0f} s)'
+        print(f'{outcome}: {step.__doc__} ({time.monotonic() - begin:.0f} s)'
               f'{": " if note else ""}{note or ""}', flush=True)
     print(', '.join(f'{n} {what}' for what, n in counts.items()
                     if n or what != 'skipped'))
