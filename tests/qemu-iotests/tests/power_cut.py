@@ -12,9 +12,6 @@
 # request, and a random one for every other.  With TEST_SCALE, there are more,
 # and the same work is done with the cache off as well.
 #
-# This work is licensed under the terms of the GNU GPL, version 2 or later.
-# See the COPYING file in the top-level directory.
-#
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import collections
@@ -24,11 +21,11 @@ from typing import (
     Any, Counter, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 )
 
-from qcow2_compressed_cache import add_figures, first_seed, scale
-from scripted_nbd import (
+from nbd_server import (
     FLUSH, READ, TRIM, WRITE, WRITE_ZEROES, Connection, Handler, Request,
     ScriptedNbd, handle_read
 )
+from suite import add_figures, first_seed, scale
 import iotests
 
 

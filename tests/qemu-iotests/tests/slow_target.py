@@ -1,9 +1,6 @@
 # A target that answers writes when the test allows it, for tests of what waits
 # for a target and what does not
 #
-# This work is licensed under the terms of the GNU GPL, version 2 or later.
-# See the COPYING file in the top-level directory.
-#
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 from contextlib import ExitStack
@@ -11,11 +8,10 @@ import os
 import threading
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from qcow2_compressed_cache import MiB, QemuIo, job, opts
-from scripted_nbd import (
-    FLUSH, WRITE, Connection, Handler, Request, ScriptedNbd
-)
-from seqcache_filter import Server
+from images import MiB, opts
+from machines import Server, job
+from nbd_server import FLUSH, WRITE, Connection, Handler, Request, ScriptedNbd
+from qemuio import QemuIo
 import iotests
 
 

@@ -1,8 +1,8 @@
-# Reads and checks qcow2 images in memory: thousands of them in the time that a
-# hundred processes take.  The rules are those of "qemu-img check".
+# The metadata of qcow2 images
 #
-# This work is licensed under the terms of the GNU GPL, version 2 or later.
-# See the COPYING file in the top-level directory.
+# qcow2_header() and compressed_clusters() look at a file.  Qcow2Image reads
+# and checks an image in memory: thousands of them in the time that a hundred
+# processes take.  Its rules are those of "qemu-img check".
 #
 # SPDX-License-Identifier: GPL-2.0-or-later
 
@@ -12,6 +12,8 @@ from typing import (
     Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 )
 
+from qcow2_format import QcowHeader
+
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
@@ -19,6 +21,55 @@ ZERO = 1
 OFFSET_MASK = 0x00fffffffffffe00
 L1_RESERVED = 0x7f000000000001ff
 L2_RESERVED = 0x3f000000000001fe
+
+
+def qcow2_header(path: str) -> Dict[str, int]:
+    '''The fields of the header, by their names in qcow2_format.py'''
+    with open(path, 'rb') as f:
+        return dict(vars(QcowHeader(f)))
+
+
+class CompressedCluster(NamedTuple):
+    '''A compressed cluster that a qcow2 file's L2 tables point to'''
+    guest: int
+    host: int
+    # Up to the end of the last sector, the data may be shorter
+    host_end: int
+
+
+def compressed_clusters(path: str) -> List[CompressedCluster]:
+    '''
+    Read the L2 tables as they are in the file.  This needs no image lock, so
+    it shows what would be left if the process that has the image open died.
+    '''
+    header = qcow2_header(path)
+    bits = header['cluster_bits']
+    size = 1 << bits
+    # Extended L2 entries have 128 bits
+    words = 2 if header['incompatible_features'] & 0x10 else 1
+    l2_len = size // 8 // words
+    shift = 62 - (bits - 8)
+
+    clusters = []
+    with open(path, 'rb') as f:
+        f.seek(header['l1_table_offset'])
+        l1_size = header['l1_size']
+        l1 = struct.unpack(f'>{l1_size}Q', f.read(8 * l1_size))
+        for i, l1_entry in enumerate(l1):
+            l2_offset = l1_entry & 0x00fffffffffffe00
+            if not l2_offset:
+                continue
+            f.seek(l2_offset)
+            table = f.read(size).ljust(size, b'\0')
+            l2 = struct.unpack(f'>{l2_len * words}Q', table)[::words]
+            for j, entry in enumerate(l2):
+                if entry & (1 << 62):
+                    host = entry & ((1 << shift) - 1)
+                    sectors = ((entry & ((1 << 62) - 1)) >> shift) + 1
+                    clusters.append(CompressedCluster(
+                        (i * l2_len + j) << bits, host,
+                        (host & ~511) + sectors * 512))
+    return clusters
 
 
 class NotQcow2(Exception):

@@ -1,16 +1,14 @@
 # Random requests to a seqcache filter on a raw disk, with flushes, and notes
 # of what they promise
 #
-# This work is licensed under the terms of the GNU GPL, version 2 or later.
-# See the COPYING file in the top-level directory.
-#
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import random
 from typing import List, Optional, Tuple
 
+from images import KiB
 from power_cut import SECTOR, Issued, Recorder
-from qcow2_compressed_cache import KiB, QemuIo
+from qemuio import QemuIo
 
 
 # The filter's

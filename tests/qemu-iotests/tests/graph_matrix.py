@@ -1,11 +1,7 @@
 # The filters seqcache and cacheextents above and below other nodes: what works
 # there without them works with them
 #
-# This work is licensed under the terms of the GNU GPL, version 2 or later.
-# See the COPYING file in the top-level directory.
-#
 # SPDX-License-Identifier: GPL-2.0-or-later
-#
 # A Kind is a node that the filters can meet.  Its graph is built without them,
 # and with each of them above and below the node.  In each graph, every
 # operation of OPERATIONS is done, between random requests of an NBD client
@@ -17,8 +13,9 @@ import random
 import shutil
 from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
-from filter_graph import Client, Daemon, Writer
-from qcow2_compressed_cache import KiB, MiB, file_node, write_file
+from images import KiB, MiB, create_qcow2, file_node, write_file
+from nbd_client import Client, Writer
+from storage_daemon import Daemon
 from qemu.qmp.qmp_client import ExecuteError
 import iotests
 from iotests import qemu_img, qemu_img_create
@@ -201,8 +198,7 @@ class ExtendedL2(Qcow2):
     '''With small subclusters'''
 
     def create_image(self, name: str, backing: str) -> None:
-        qemu_img_create('-f', 'qcow2', '-o', 'extended_l2=on', '-b',
-                        path(backing), '-F', 'qcow2', path(name))
+        create_qcow2(path(name), extended_l2='on', backing=path(backing))
 
 
 class Vmdk(Qcow2):
@@ -346,7 +342,7 @@ class Situation:
 
     def snapshot(self, overlay: str) -> None:
         iotests.try_remove(path(overlay))
-        qemu_img_create('-f', 'qcow2', path(overlay), str(len(self.data)))
+        create_qcow2(path(overlay), len(self.data))
         self.daemon.add({'driver': 'qcow2', 'node-name': overlay,
                          'backing': None, 'file': file_node(path(overlay))})
         self.cmd('blockdev-snapshot', node=self.top, overlay=overlay)
@@ -523,7 +519,7 @@ def mirror_cancelled(s: Situation) -> bool:
 def mirror_top_only(s: Situation) -> bool:
     '''To an image on the same backing file'''
     iotests.try_remove(path('target'))
-    qemu_img_create('-f', 'qcow2', path('target'), str(SIZE))
+    create_qcow2(path('target'), SIZE)
     s.daemon.add({'driver': 'qcow2', 'node-name': 'target', 'backing': 'base',
                   'file': file_node(path('target'))})
     s.start_job('blockdev-mirror', device='root', target='target', sync='top')
@@ -557,7 +553,7 @@ def backup(s: Situation) -> bool:
 
 def backup_top_only(s: Situation) -> bool:
     iotests.try_remove(path('target'))
-    qemu_img_create('-f', 'qcow2', path('target'), str(SIZE))
+    create_qcow2(path('target'), SIZE)
     s.daemon.add({'driver': 'qcow2', 'node-name': 'target', 'backing': 'base',
                   'file': file_node(path('target'))})
     before = bytes(s.data)

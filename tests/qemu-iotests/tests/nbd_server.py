@@ -14,9 +14,6 @@
 #         qemu_img('map', server.json())
 #         assert server.dropped and server.count(BLOCK_STATUS) == 1
 #
-# This work is licensed under the terms of the GNU GPL, version 2 or later.
-# See the COPYING file in the top-level directory.
-#
 # SPDX-License-Identifier: GPL-2.0-or-later
 
 import bisect
