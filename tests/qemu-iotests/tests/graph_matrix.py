@@ -320,18 +320,29 @@ class Situation:
     def cmd(self, cmd: str, **kwargs: Any) -> None:
         self.must(self.daemon.error(cmd, **kwargs))
 
-    def start_job(self, cmd: str, **kwargs: Any) -> None:
+    def job(self, cmd: str, ready: bool = False, cancel: bool = False,
+            **kwargs: Any) -> None:
+        '''Requests while a job runs, and, with @ready, when it is ready'''
         self.must(self.daemon.start_job(cmd, **kwargs))
-
-    def finish_job(self, cancel: bool = False) -> None:
+        self.run()
+        if ready:
+            self.daemon.wait_ready()
+            self.run()
         self.must(self.daemon.finish_job(cancel))
 
-    def new_image(self, name: str, fmt: str = 'qcow2') -> None:
+    def new_image(self, name: str, fmt: str = 'qcow2', **kwargs: Any) -> None:
         '''An empty image, and its node'''
         iotests.try_remove(path(name))
         qemu_img_create('-f', fmt, path(name), str(len(self.data)))
         self.daemon.add({'driver': fmt, 'node-name': name,
-                         'file': file_node(path(name))})
+                         'file': file_node(path(name)), **kwargs})
+
+    def become_target(self) -> None:
+        '''The client writes to a new image, the source of a job'''
+        self.disconnect()
+        self.new_image('source', 'raw')
+        self.data[:] = bytes(SIZE)
+        self.connect('source')
 
     def contents(self, node: str) -> bytes:
         client = self.daemon.export(node, writable=False)
@@ -341,12 +352,10 @@ class Situation:
         return data
 
     def snapshot(self, overlay: str) -> None:
-        iotests.try_remove(path(overlay))
-        create_qcow2(path(overlay), len(self.data))
-        self.daemon.add({'driver': 'qcow2', 'node-name': overlay,
-                         'backing': None, 'file': file_node(path(overlay))})
+        self.new_image(overlay, backing=None)
         self.cmd('blockdev-snapshot', node=self.top, overlay=overlay)
         self.top = overlay
+        self.run()
 
     def check(self) -> None:
         self.writer.client.flush()
@@ -420,123 +429,83 @@ def resize_with_writer(s: Situation) -> bool:
 
 def commit_snapshot(s: Situation) -> bool:
     s.snapshot('overlay')
-    s.run()
-    s.start_job('block-commit', device='overlay', base_node='root')
-    s.daemon.wait_ready()
-    s.run()
-    s.finish_job()
+    s.job('block-commit', ready=True, device='overlay', base_node='root')
     return True
 
 
 def commit_cancelled(s: Situation) -> bool:
     s.snapshot('overlay')
-    s.run()
-    s.start_job('block-commit', device='overlay', base_node='root')
-    s.daemon.wait_ready()
-    s.run()
-    s.finish_job(cancel=True)
+    s.job('block-commit', ready=True, cancel=True, device='overlay',
+          base_node='root')
     return False
 
 
 def commit_between(s: Situation) -> bool:
     s.snapshot('overlay')
-    s.run()
     s.snapshot('overlay2')
-    s.run()
-    s.start_job('block-commit', device='overlay2', top_node='overlay',
-                base_node='root')
-    s.run()
-    s.finish_job()
+    s.job('block-commit', device='overlay2', top_node='overlay',
+          base_node='root')
     return False
 
 
 def commit_to_base(s: Situation) -> bool:
     '''Active'''
-    s.start_job('block-commit', device='root', base_node='base')
-    s.daemon.wait_ready()
-    s.run()
-    s.finish_job()
+    s.job('block-commit', ready=True, device='root', base_node='base')
     return False
 
 
 def commit_below(s: Situation) -> bool:
     '''Not active'''
     s.snapshot('overlay')
-    s.run()
-    s.start_job('block-commit', device='overlay', top_node='root',
-                base_node='base')
-    s.run()
-    s.finish_job()
+    s.job('block-commit', device='overlay', top_node='root', base_node='base')
     return False
 
 
 def stream_root(s: Situation) -> bool:
-    s.start_job('block-stream', device='root')
-    s.run()
-    s.finish_job()
+    s.job('block-stream', device='root')
     return False
 
 
 def stream_root_unused(s: Situation) -> bool:
     s.disconnect()
     s.must(s.daemon.start_job_soon('block-stream', device='root'))
-    s.finish_job()
+    s.must(s.daemon.finish_job())
     s.connect('root')
     return False
 
 
 def stream_overlay(s: Situation) -> bool:
     s.snapshot('overlay')
-    s.run()
-    s.start_job('block-stream', device='overlay')
-    s.run()
-    s.finish_job()
+    s.job('block-stream', device='overlay')
     return False
 
 
 def mirror(s: Situation) -> bool:
     s.new_image('target')
-    s.start_job('blockdev-mirror', device='root', target='target', sync='full')
-    s.run()
-    s.daemon.wait_ready()
-    s.run()
-    s.finish_job()
+    s.job('blockdev-mirror', ready=True, device='root', target='target',
+          sync='full')
     return False
 
 
 def mirror_cancelled(s: Situation) -> bool:
     s.new_image('target', 'raw')
-    s.start_job('blockdev-mirror', device='root', target='target', sync='full',
-                copy_mode='write-blocking')
-    s.run()
-    s.daemon.wait_ready()
-    s.run()
-    s.finish_job(cancel=True)
+    s.job('blockdev-mirror', ready=True, cancel=True, device='root',
+          target='target', sync='full', copy_mode='write-blocking')
     assert s.contents('target') == bytes(s.data), 'wrong copy'
     return True
 
 
 def mirror_top_only(s: Situation) -> bool:
     '''To an image on the same backing file'''
-    iotests.try_remove(path('target'))
-    create_qcow2(path('target'), SIZE)
-    s.daemon.add({'driver': 'qcow2', 'node-name': 'target', 'backing': 'base',
-                  'file': file_node(path('target'))})
-    s.start_job('blockdev-mirror', device='root', target='target', sync='top')
-    s.run()
-    s.finish_job()
+    s.new_image('target', backing='base')
+    s.job('blockdev-mirror', device='root', target='target', sync='top')
     return False
 
 
 def mirror_to(s: Situation) -> bool:
     '''The node is the target'''
-    s.disconnect()
-    s.new_image('source', 'raw')
-    s.data[:] = bytes(SIZE)
-    s.connect('source')
-    s.start_job('blockdev-mirror', device='source', target='root', sync='full')
-    s.run()
-    s.finish_job()
+    s.become_target()
+    s.job('blockdev-mirror', device='source', target='root', sync='full')
     return False
 
 
@@ -544,37 +513,25 @@ def backup(s: Situation) -> bool:
     s.new_image('target', 'raw')
     s.check()
     before = bytes(s.data)
-    s.start_job('blockdev-backup', device='root', target='target', sync='full')
-    s.run()
-    s.finish_job()
+    s.job('blockdev-backup', device='root', target='target', sync='full')
     assert s.contents('target') == before, 'wrong copy'
     return True
 
 
 def backup_top_only(s: Situation) -> bool:
-    iotests.try_remove(path('target'))
-    create_qcow2(path('target'), SIZE)
-    s.daemon.add({'driver': 'qcow2', 'node-name': 'target', 'backing': 'base',
-                  'file': file_node(path('target'))})
+    s.new_image('target', backing='base')
     before = bytes(s.data)
-    s.start_job('blockdev-backup', device='root', target='target', sync='top')
-    s.run()
-    s.finish_job()
+    s.job('blockdev-backup', device='root', target='target', sync='top')
     assert s.contents('target') == before, 'wrong copy'
     return True
 
 
 def backup_to(s: Situation) -> bool:
     '''The node is the target'''
-    s.disconnect()
-    s.new_image('source', 'raw')
-    s.data[:] = bytes(SIZE)
-    s.connect('source')
+    s.become_target()
     s.run()
     before = bytes(s.data)
-    s.start_job('blockdev-backup', device='source', target='root', sync='full')
-    s.run()
-    s.finish_job()
+    s.job('blockdev-backup', device='source', target='root', sync='full')
     s.check()
     s.disconnect()
     assert s.contents('root') == before, 'wrong copy'
@@ -589,7 +546,8 @@ def backup_fleecing(s: Situation) -> bool:
     s.connect('base')
     s.data[:] = s.contents('base')
     before = s.contents('root')
-    s.start_job('blockdev-backup', device='base', target='root', sync='none')
+    s.must(s.daemon.start_job('blockdev-backup', device='base', target='root',
+                              sync='none'))
     s.run()
     assert s.contents('root') == before, 'wrong data of the past'
     s.cmd('block-job-cancel', device='job')
