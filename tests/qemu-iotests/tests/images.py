@@ -171,6 +171,14 @@ def guest_bytes(image: str, *args: str, offset: int = 0,
     return data
 
 
+def map_output(node: Union[str, Node]) -> str:
+    '''What qemu-img map says of a node, or of options for --image-opts'''
+    out: str = qemu_img('map', '--output=json', '--image-opts',
+                        node if isinstance(node, str) else flat_opts(node)
+                        ).stdout
+    return out
+
+
 def check_clean(path: str, leaks: bool = False) -> None:
     '''
     qemu-img check finds no errors in a qcow2 image; nor leaks, unless there
