@@ -54,5 +54,4 @@ class WriteLog:
 
     def writes(self) -> List[Entry]:
         '''Without flushes and discards, but with zero writes'''
-        return [e for e in self.entries()
-                if not e.flags & (FLUSH | DISCARD)]
+        return [e for e in self.entries() if not e.flags & (FLUSH | DISCARD)]

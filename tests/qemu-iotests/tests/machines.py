@@ -57,6 +57,16 @@ def hmp_io(vm: iotests.VM, device: str, cmd: str, qdev: bool = False) -> None:
 
 # Nodes
 
+def add_node(machine: Machine, node: Node) -> None:
+    '''Add a node with these options'''
+    machine.cmd('blockdev-add', node)
+
+
+def del_node(machine: Machine, name: str) -> None:
+    '''Delete the node'''
+    machine.cmd('blockdev-del', {'node-name': name})
+
+
 def _of_node(machine: Machine, command: str, node: str, **kwargs: Any) -> Node:
     nodes: Any = machine.cmd(command, kwargs)
     return next(dict(n) for n in nodes if n.get('node-name') == node)
@@ -224,8 +234,7 @@ class Export:
         '''
         errors = self.specific_stats().get('errors', 0)
         self.io.kill()
-        self.machine.cmd('block-export-del',
-                         {'id': self.name, 'mode': 'hard'})
+        self.machine.cmd('block-export-del', {'id': self.name, 'mode': 'hard'})
         if isinstance(self.machine, QEMUMachine):
             event = self.machine.event_wait('BLOCK_EXPORT_DELETED',
                                             timeout=60.0)
