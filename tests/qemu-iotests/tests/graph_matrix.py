@@ -33,6 +33,7 @@ THROTTLE = ('--object', 'throttle-group,id=group')
 
 
 def path(name: str) -> str:
+    '''In the folder of the test'''
     return os.path.join(iotests.test_dir, name)
 
 
@@ -85,6 +86,7 @@ class Kind:
     # ---- Images ----
 
     def create_image(self, name: str, backing: str) -> None:
+        '''An empty image'''
         args = ['-b', path(backing), '-F', self.fmt] if backing else []
         qemu_img_create('-f', self.fmt, *args, path(name), str(SIZE))
 
@@ -100,6 +102,7 @@ class Kind:
             shutil.copyfile(path(name), path(name + '.template'))
 
     def data(self) -> bytearray:
+        '''What is in the image'''
         return bytearray(pattern(1))
 
     # ---- Nodes ----
@@ -115,22 +118,27 @@ class Kind:
         return ours
 
     def protocol(self, name: str) -> Node:
+        '''The node of the file of an image'''
         return file_node(path(name))
 
     def base(self) -> Node:
+        '''The backing file'''
         return {'driver': self.fmt, 'node-name': 'base',
                 'file': file_node(path('base'))}
 
     def image(self) -> Node:
+        '''The image'''
         node: Node = {'driver': self.fmt, 'file': self.protocol('img')}
         if self.has_backing:
             node['backing'] = 'base'
         return node
 
     def root(self) -> Node:
+        '''What the client uses, without a filter above'''
         return self.image()
 
     def nodes(self) -> List[Node]:
+        '''All, those that others need first'''
         root = {**self.wrap('above', self.root()), 'node-name': 'root'}
         return [self.base(), root] if self.has_backing else [root]
 
@@ -307,17 +315,21 @@ class Situation:
                                  self.rand.randrange(2 ** 32))
 
     def disconnect(self) -> None:
+        '''Remove the export and its client'''
         self.writer.client.close()
         self.daemon.unexport(self.writer.client.export)
 
     def run(self) -> None:
+        '''Some random requests'''
         self.writer.run(STEPS)
 
     def must(self, error: Optional[str]) -> None:
+        '''Raise Refused for an error'''
         if error is not None:
             raise Refused(error)
 
     def cmd(self, cmd: str, **kwargs: Any) -> None:
+        '''A QMP command that can be refused'''
         self.must(self.daemon.error(cmd, **kwargs))
 
     def job(self, cmd: str, ready: bool = False, cancel: bool = False,
@@ -345,6 +357,7 @@ class Situation:
         self.connect('source')
 
     def contents(self, node: str) -> bytes:
+        '''What is read from the node'''
         client = self.daemon.export(node, writable=False)
         data = client.read(0, client.size)
         client.close()
@@ -352,12 +365,14 @@ class Situation:
         return data
 
     def snapshot(self, overlay: str) -> None:
+        '''An overlay of the node on top'''
         self.new_image(overlay, backing=None)
         self.cmd('blockdev-snapshot', node=self.top, overlay=overlay)
         self.top = overlay
         self.run()
 
     def check(self) -> None:
+        '''All data is right'''
         self.writer.client.flush()
         self.writer.check()
 
@@ -578,6 +593,7 @@ NEED_BACKING = ('commit_to_base', 'commit_below', 'stream_root',
 
 
 class MatrixTestCase(iotests.QMPTestCase):
+    '''Each test calls matrix() for one Kind'''
     def setUp(self) -> None:
         self.failures: List[str] = []
         self.daemon: Optional[Daemon] = None
@@ -615,6 +631,7 @@ class MatrixTestCase(iotests.QMPTestCase):
             s.writer.client.close()
 
     def matrix(self, kind_class: Type[Kind]) -> None:
+        '''All operations in all graphs of this kind'''
         kind_class().create()
         left_out = kind_class.left_out
         if not kind_class.has_backing:

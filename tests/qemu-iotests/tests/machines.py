@@ -187,6 +187,7 @@ class Server:
 
     def export(self, node: str, writable: bool = True,
                **kwargs: Any) -> 'Export':
+        '''Export a node, and connect a client; @kwargs as in QMP'''
         return Export(self, node, writable, **kwargs)
 
 
@@ -215,12 +216,14 @@ class Export:
                        check=False).returncode == 0
 
     def specific_stats(self) -> Dict[str, Any]:
+        '''What the driver of the node counts'''
         nodes: Any = self.machine.cmd('query-blockstats',
                                       {'query-nodes': True})
         return next(stats.get('driver-specific', {}) for stats in nodes
                     if stats['node-name'] == self.node)
 
     def has_writer(self) -> bool:
+        '''Whether the node has a parent that may write'''
         graph: Any = self.machine.cmd('x-debug-query-block-graph')
         ids = {n['id']: n['name'] for n in graph['nodes']}
         return any('write' in edge['perm'] for edge in graph['edges']

@@ -206,6 +206,7 @@ class Connection:
     # The handshake
 
     def reply_option(self, option: int, kind: int, data: bytes = b'') -> None:
+        """Answer to an option"""
         self.send(struct.pack('>QIII', 0x3e889045565a9, option, kind,
                               len(data)) + data)
 
@@ -249,6 +250,7 @@ class Connection:
         return True
 
     def meta_contexts(self, option: int, data: bytes) -> None:
+        """Answer to the option about contexts"""
         pos = 4 + struct.unpack_from('>I', data)[0]
         n, = struct.unpack_from('>I', data, pos)
         pos += 4
@@ -266,6 +268,7 @@ class Connection:
     # Requests
 
     def request(self) -> Request:
+        """The next one"""
         magic, = struct.unpack('>I', self.recv(4))
         if magic != (0x21e41c71 if self.extended else 0x25609513):
             # A client that does not like the handshake sends another option
@@ -401,11 +404,13 @@ class ScriptedNbd:
     # Threads
 
     def start_thread(self, target: Callable[..., None], *args: Any) -> None:
+        """Start one that stop() waits for"""
         thread = threading.Thread(target=target, args=args, daemon=True)
         self.threads.append(thread)
         thread.start()
 
     def accept(self) -> None:
+        """In a thread: wait for clients"""
         while True:
             try:
                 sock, _ = self.listener.accept()
@@ -422,6 +427,7 @@ class ScriptedNbd:
                 self.start_thread(self.serve, conn)
 
     def serve(self, conn: Connection) -> None:
+        """In a thread: serve a client"""
         try:
             conn.run()
         except (Closed, Hangup):
@@ -442,10 +448,12 @@ class ScriptedNbd:
         return HANDLERS.get(req.type, handle_unknown)
 
     def note_connected(self) -> None:
+        """Count a connection"""
         with self.changed:
             self.connections += 1
 
     def note_dropped(self) -> None:
+        """Count a connection that the client dropped"""
         with self.changed:
             if not self.stopping:
                 self.dropped += 1
@@ -453,6 +461,7 @@ class ScriptedNbd:
     # The export
 
     def infos(self) -> List[bytes]:
+        """What the server tells in the handshake"""
         infos = []
         for kind in self.info_order:
             if kind == INFO_EXPORT:
@@ -511,6 +520,7 @@ class ScriptedNbd:
 
 
 def handle_read(conn: Connection, req: Request) -> None:
+    """Send what is on the disk"""
     data = conn.server.read(req.offset, req.length)
     if conn.structured:
         conn.chunk(req, CHUNK_OFFSET_DATA,
@@ -520,24 +530,29 @@ def handle_read(conn: Connection, req: Request) -> None:
 
 
 def handle_write(conn: Connection, req: Request) -> None:
+    """Change the disk"""
     conn.server.write(req.offset, req.data)
     conn.done(req)
 
 
 def handle_flush(conn: Connection, req: Request) -> None:
+    """Nothing has to be done"""
     conn.done(req)
 
 
 def handle_zeroes(conn: Connection, req: Request) -> None:
+    """For both kinds of requests that leave zeroes"""
     conn.server.write_zeroes(req.offset, req.length)
     conn.done(req)
 
 
 def handle_block_status(conn: Connection, req: Request) -> None:
+    """Send the extents of the range"""
     conn.status(req, conn.server.status_from(req))
 
 
 def handle_unknown(conn: Connection, req: Request) -> None:
+    """Refuse the request"""
     conn.error(req, EINVAL)
 
 
@@ -653,6 +668,7 @@ class ReconnectTestCase(NbdTestCase):
         self.assertEqual(self.server.count(READ), 1)
 
     def set(self, **kwargs: object) -> Callable[[], None]:
+        """Returns a change of attributes of the server"""
         def change() -> None:
             for name, value in kwargs.items():
                 setattr(self.server, name, value)
@@ -660,6 +676,7 @@ class ReconnectTestCase(NbdTestCase):
         return change
 
     def lose(self, flag: int) -> Callable[[], None]:
+        """Returns a change: the export has that flag no more"""
         return self.set(flags=self.server.flags & ~flag)
 
     def change_during(self, kind: int, change: Callable[[], None]) -> None:
@@ -671,9 +688,11 @@ class ReconnectTestCase(NbdTestCase):
         self.server.scripts[kind].append(handle)
 
     def lose_during(self, kind: int, flag: int) -> None:
+        """As change_during(); the flag is lost"""
         self.change_during(kind, self.lose(flag))
 
     def kinds(self) -> List[int]:
+        """The types of all requests"""
         return [req.type for req in self.server.requests]
 
     def check_fixed(self, *changes: Callable[[], None]) -> None:

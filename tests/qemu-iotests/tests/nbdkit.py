@@ -5,7 +5,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import time
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, TypeVar
@@ -22,6 +21,7 @@ class Request(NamedTuple):
 
 
 def overlaps(request: Request, ranges: List[Tuple[int, int]]) -> bool:
+    '''Whether a request touches any range (start, end)'''
     return any(request.offset < end and start < request.offset + request.bytes
                for start, end in ranges)
 
@@ -64,9 +64,11 @@ class NbdDisk:
 
     @property
     def uri(self) -> str:
+        '''For clients'''
         return f'nbd+unix:///?socket={self.sock}'
 
     def run(self) -> None:
+        '''Start to serve'''
         # pylint: disable=consider-using-with
         self._p = subprocess.Popen(self.args)
         while not os.path.exists(self.pid_file):
@@ -75,6 +77,7 @@ class NbdDisk:
             time.sleep(0.01)
 
     def stop(self) -> None:
+        '''End the server, and remove its files'''
         assert self._p is not None
         self._p.terminate()
         try:
@@ -87,9 +90,11 @@ class NbdDisk:
             iotests.try_remove(path)
 
     def fill(self) -> None:
+        '''From now on changes fail'''
         write_file(self.full_file, b'')
 
     def free(self) -> None:
+        '''Changes succeed again'''
         os.remove(self.full_file)
 
     def __enter__(self: NbdDiskT) -> NbdDiskT:
@@ -104,17 +109,14 @@ class NbdDisk:
         self.run()
         case.addCleanup(self.stop)
 
-    @staticmethod
-    def skip_if_missing(case: iotests.QMPTestCase) -> None:
-        if not shutil.which('nbdkit'):
-            case.case_skip(f'{case.id()}: nbdkit not installed')
-
     def requests(self) -> List[Request]:
+        '''All requests so far but flushes, in order'''
         with open(self.log, encoding='utf-8') as f:
             return [Request(match[1], int(match[2], 16), int(match[3], 16))
                     for match in map(self.log_re.search, f) if match]
 
     def nb_flushes(self) -> int:
+        '''How many flushes there were'''
         with open(self.log, encoding='utf-8') as f:
             return sum(' Flush id=' in line for line in f)
 
@@ -133,7 +135,9 @@ class ExtentsDisk(NbdDisk):
         self.node['discard'] = 'unmap'
 
     def queries(self) -> List[Request]:
+        '''Requests for the status of a range'''
         return [r for r in self.requests() if r.type == 'Extents']
 
     def data_requests(self) -> List[Request]:
+        '''All others'''
         return [r for r in self.requests() if r.type != 'Extents']

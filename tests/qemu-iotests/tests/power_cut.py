@@ -47,6 +47,7 @@ class Arrived(NamedTuple):
 
 
 class Answered(NamedTuple):
+    '''The disk has answered the request'''
     id: int
 
 
@@ -102,6 +103,7 @@ class RecordingDisk(ScriptedNbd):
 
     @staticmethod
     def handle(conn: Connection, req: Request) -> None:
+        '''Record the request, and answer some'''
         disk = conn.server
         assert isinstance(disk, RecordingDisk)
         if req.type == READ:
@@ -121,6 +123,7 @@ class RecordingDisk(ScriptedNbd):
                 disk.rand.randrange(len(disk.pending))))
 
     def answer(self, conn: Connection, pending: Tuple[int, Request]) -> None:
+        '''Do one of those that are pending'''
         number, req = pending
         if req.type == WRITE:
             self.content[req.offset:req.offset + req.length] = req.data
@@ -146,11 +149,13 @@ class Promise:
         self.newer: Dict[int, Dict[int, Optional[bytes]]] = {}
 
     def issued(self, op: Issued) -> None:
+        '''From now on it may be there'''
         for i in range(0, op.size, SECTOR):
             self.newer.setdefault((op.offset + i) // SECTOR, {})[op.id] = \
                 None if op.data is None else op.data[i:i + SECTOR]
 
     def safe(self, op: Safe) -> None:
+        '''From now on it must be there'''
         sectors = range(op.offset // SECTOR, (op.offset + op.size) // SECTOR)
         if op.data is None:
             self.unknown.update(sectors)
@@ -206,12 +211,14 @@ class Recorder:
         self.accepted: List[Issued] = []
 
     def issue(self, offset: int, size: int, data: Optional[bytes]) -> Issued:
+        '''@data is about to be written; None: a discard'''
         op = Issued(self.nb_issued, offset, size, data)
         self.nb_issued += 1
         self.log.append(op)
         return op
 
     def accept(self, op: Issued) -> None:
+        '''The write was successful'''
         self.accepted.append(op)
 
     def accept_fua(self, op: Issued) -> None:
@@ -221,14 +228,17 @@ class Recorder:
                                   tuple(a.id for a in self.accepted)))
 
     def flush_begins(self) -> List[Issued]:
+        '''Returns what it will cover, for flush_ends()'''
         accepted, self.accepted = self.accepted, []
         return accepted
 
     def flush_ends(self, accepted: List[Issued]) -> None:
+        '''It was successful'''
         for op in sorted(accepted):
             self.log.append(Safe(op.offset, op.size, op.data, (op.id,)))
 
     def note(self, what: Any) -> None:
+        '''Remember this for Cut.notes'''
         self.log.append(Note(what))
 
 
@@ -289,6 +299,7 @@ class Replay:
                                          False)
 
     def distinct(self, i: int, data: bytes, in_order: bool) -> Iterator[Cut]:
+        '''The cut, if there was no such image yet'''
         key = (hash(data), self.nb_promises)
         if key not in self.seen:
             self.seen.add(key)
@@ -296,6 +307,7 @@ class Replay:
                       self.notes)
 
     def step(self, event: Any) -> None:
+        '''Do what the log says next'''
         if isinstance(event, Arrived):
             if event.req.type == FLUSH:
                 self.covered[event.id] = set(self.answered)
@@ -317,12 +329,14 @@ class Replay:
             self.notes.append(event.what)
 
     def persist(self, ids: Set[int]) -> None:
+        '''A flush has made these safe'''
         for number in self.answered:
             if number in ids:
                 self.change(self.base, self.volatile.pop(number), 1, 0)
         self.answered = [n for n in self.answered if n not in ids]
 
     def random_image(self) -> bytes:
+        '''Of what is not safe, some is there'''
         order = list(self.answered)
         for number in self.volatile:
             if number not in self.answered:
@@ -331,6 +345,7 @@ class Replay:
                           self.rand.choice((0, 0.3)))
 
     def apply(self, order: List[int], keep: float, tear: float) -> bytes:
+        '''What is safe, and these with the probability @keep'''
         data = bytearray(self.base)
         for number in order:
             if number in self.fua:
@@ -341,6 +356,7 @@ class Replay:
 
     def change(self, data: bytearray, req: Request, keep: float,
                tear: float) -> None:
+        '''Do a request, wholly or some of its sectors'''
         torn = tear and self.rand.random() < tear
         if not torn and req.type != TRIM:
             data[req.offset:req.offset + req.length] = \
@@ -398,6 +414,7 @@ class PowerCuts(iotests.QMPTestCase):
         return self.tally[f'{kind} images']
 
     def do_test(self) -> None:
+        '''Go through the work until there were enough images'''
         images = 0
         while images < nb_images:
             for cache in (True, False) if scale > 1 else (True,):

@@ -77,6 +77,7 @@ class NotQcow2(Exception):
 
 
 class Snapshot(NamedTuple):
+    '''An entry of the snapshot table'''
     name: str
     l1_offset: int
     l1_size: int
@@ -142,6 +143,7 @@ class Qcow2Image:
 
     def table(self, offset: int, count: int, kind: str = 'Q'
               ) -> Tuple[int, ...]:
+        '''Entries of a table at @offset'''
         if offset % self.cluster_size:
             raise NotQcow2(f'table at {offset}')
         try:
@@ -150,6 +152,7 @@ class Qcow2Image:
             raise NotQcow2(f'table at {offset}') from e
 
     def read_snapshots(self, count: int) -> Tuple[List[Snapshot], int]:
+        '''Returns also the size of their table'''
         snapshots = []
         pos = self.snapshots_offset
         for _ in range(count):
@@ -164,6 +167,7 @@ class Qcow2Image:
         return snapshots, pos - self.snapshots_offset
 
     def refcount(self, cluster: int) -> int:
+        '''Of a host cluster'''
         block, i = divmod(cluster, self.cluster_size // 2)
         return self.refblocks[block][i] if block in self.refblocks else 0
 
@@ -176,6 +180,7 @@ class Qcow2Image:
     # What qemu-img check does
 
     def check(self) -> List[Problem]:
+        '''Returns what qemu-img check would complain about'''
         counts: Dict[int, int] = {}
         problems: List[Problem] = []
 
@@ -212,6 +217,7 @@ class Qcow2Image:
 
     def count_l2(self, l1_entry: int, count: Callable[[int, int], None],
                  problems: List[Problem]) -> None:
+        '''Count the references of an L2 table'''
         offset = l1_entry & OFFSET_MASK
         if l1_entry & L1_RESERVED:
             problems.append(Problem('L1 entry', f'{l1_entry:x}'))

@@ -47,11 +47,13 @@ class QemuIo(iotests.QemuIoInteractive):
         return out
 
     def cmd(self, cmd: str) -> str:
+        '''Run a command; returns what it prints'''
         with iotests.Timeout(60, f'no answer to {cmd}'):
             out: str = super().cmd(cmd)
         return out
 
     def kill(self) -> None:
+        '''End it as a crash would; it may have ended'''
         self._p.kill()
         self._p.communicate()
 
@@ -61,6 +63,7 @@ class QemuIo(iotests.QemuIoInteractive):
         self._p.stdin.flush()
 
     def read(self, offset: int, size: int) -> bytes:
+        '''Read these bytes; nothing if that fails'''
         out = self.cmd(f'read -v {offset} {size}')
         return b''.join(bytes.fromhex(match[1])
                         for match in self.dump_re.finditer(out))
@@ -73,6 +76,7 @@ class QemuIo(iotests.QemuIoInteractive):
         return out
 
     def fails(self, cmd: str, message: str) -> None:
+        '''Run a command that must print @message'''
         out = self.cmd(cmd)
         assert message in out, f'{cmd}: {out}'
 
@@ -122,6 +126,7 @@ class Script:
         self.failed: List[int] = []
 
     def read(self, offset: int, length: int) -> bool:
+        '''Compare; returns whether the read succeeded'''
         data = self.io.read(offset, length)
         if not data:
             return False
@@ -132,6 +137,7 @@ class Script:
         return True
 
     def step(self, number: int) -> bool:
+        '''Run one command; returns whether it succeeded'''
         command, offset, length = self.steps[number]
         if command == 'read':
             return self.read(offset, length)

@@ -31,10 +31,12 @@ class Requests:
         self.latest = [(0, SECTOR)]
 
     def place(self, align: int, size: int = 0) -> int:
+        '''A random offset; with @size, within the disk'''
         return self.rand.randrange((self.size - size) // align + 1) * align \
             if size else self.rand.randrange(self.size // align) * align
 
     def sectors(self, most: int) -> int:
+        '''A random size of at most @most bytes'''
         return self.rand.randrange(1, most // SECTOR + 1) * SECTOR
 
     def where(self, kind: str) -> Tuple[int, int]:
@@ -86,6 +88,7 @@ class Requests:
         return [self.change('stream', 'aio_', place) for place in places]
 
     def run(self, count: int) -> None:
+        '''Make @count requests'''
         names, weights = zip(*self.kinds)
         for kind in self.rand.choices(names, weights, k=count):
             if kind == 'flush':

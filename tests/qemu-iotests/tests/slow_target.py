@@ -42,10 +42,12 @@ class SlowServer(ScriptedNbd):
         return handle
 
     def hold(self, *kinds: int) -> None:
+        '''Do not answer requests of these types; default: writes'''
         with self.changed:
             self.hold_kinds = kinds or (WRITE,)
 
     def wait_held(self, number: int = 1) -> None:
+        '''Until that many requests are held'''
         with self.changed:
             reached = self.changed.wait_for(lambda: len(self.held) >= number,
                                             60)
@@ -73,6 +75,7 @@ class SlowServer(ScriptedNbd):
             handler(conn, req)
 
     def release(self) -> None:
+        '''Answer all'''
         with self.changed:
             self.hold_kinds = ()
         while self.held:
@@ -101,6 +104,7 @@ class Pulse:
         case.addCleanup(self.io.kill)
 
     def check(self) -> None:
+        '''The main loop serves the client'''
         # Not QemuIo.cmd(), whose time limit would replace that of the test
         out = iotests.QemuIoInteractive.cmd(self.io, 'read -P 0 0 4k')
         assert 'read 4096/4096 bytes' in out, out
@@ -124,9 +128,11 @@ class Command:
 
     @property
     def pending(self) -> bool:
+        '''Whether there is no answer yet'''
         return self.thread.is_alive()
 
     def wait(self) -> None:
+        '''For the answer; raises an exception for an error'''
         self.thread.join(60)
         assert not self.pending
         if self.result is not None:
@@ -152,17 +158,21 @@ class SlowTargetTestCase(iotests.QMPTestCase):
         self.pulse = Pulse(self, self.machine)
 
     def stop_machine(self) -> None:
+        '''Let everything end'''
         self.server.release()
         self.machine.stop()
 
     def cmd(self, command: str, **kwargs: Any) -> Any:
+        '''A QMP command, with underscores for dashes'''
         return self.machine.cmd(command, {key.replace('_', '-'): value
                                           for key, value in kwargs.items()})
 
     def status(self) -> str:
+        '''Of the job'''
         return str(job(self.machine)['status'])
 
     def wait_status(self, *status: str) -> None:
+        '''Until the job is in one of these states'''
         while self.status() not in status:
             self.machine.get_qmp().pull_event(wait=60.0)
 

@@ -31,34 +31,41 @@ class Daemon:
         return reply['error']['desc'] if 'error' in reply else None
 
     def cmd(self, cmd: str, **kwargs: Any) -> Any:
+        '''A QMP command, with underscores for dashes'''
         return self.qsd.cmd(cmd, dashes(kwargs))
 
-    def add(self, node: Dict[str, Any]) -> None:
+    def add(self, node: Node) -> None:
+        '''Add a node'''
         self.qsd.cmd('blockdev-add', node)
 
     def export(self, node: str, writable: bool = True) -> Client:
+        '''Export a node, and connect a client'''
         name = node if writable else f'{node}-ro'
         self.cmd('block-export-add', type='nbd', id=name, node_name=node,
                  name=name, writable=writable)
         return Client(self.path, name)
 
     def unexport(self, name: str) -> None:
+        '''End an export, and wait until it has gone'''
         self.cmd('block-export-del', id=name, mode='hard')
         self.wait(lambda: all(e['id'] != name
                               for e in self.cmd('query-block-exports')))
 
     @staticmethod
     def wait(condition: Any) -> None:
+        '''Until the condition is true'''
         end = time.monotonic() + TIMEOUT
         while not condition():
             assert time.monotonic() < end, 'took too long'
             time.sleep(0.005)
 
     def state(self, job: str) -> Dict[str, Any]:
+        '''What query-jobs says of a job'''
         jobs = self.cmd('query-jobs')
         return next(dict(j) for j in jobs if j['id'] == job)
 
     def start_job(self, cmd: str, **kwargs: Any) -> Optional[str]:
+        '''Start the job "job"; returns the error'''
         return self.error(cmd, job_id='job', auto_dismiss=False, **kwargs)
 
     def start_job_soon(self, cmd: str, **kwargs: Any) -> Optional[str]:
@@ -72,6 +79,7 @@ class Daemon:
         return error
 
     def wait_ready(self) -> None:
+        '''Until the job is ready, or has ended'''
         self.wait(lambda: self.state('job')['status'] in ('ready',
                                                           'concluded'))
 
@@ -87,24 +95,24 @@ class Daemon:
         return error
 
     def job(self, cmd: str, **kwargs: Any) -> Optional[str]:
+        '''Run a job to its end; returns the error'''
         return self.start_job(cmd, **kwargs) or self.finish_job()
 
     def size(self, node: str) -> int:
-        nodes: Any = self.cmd('query-named-block-nodes')
-        return next(int(n['image']['virtual-size']) for n in nodes
-                    if n['node-name'] == node)
+        '''The length of a node'''
+        return virtual_size(self.qsd, node)
 
     def dirty(self, node: str) -> bool:
         '''Whether the filter seqcache has something that it did not write'''
-        nodes: Any = self.cmd('query-blockstats', query_nodes=True)
-        stats = next(n for n in nodes if n['node-name'] == node)
-        return bool(stats['driver-specific']['cached-bytes'])
+        return bool(cache_stats(self.qsd, node)['cached-bytes'])
 
     def stop(self) -> None:
+        '''Quit'''
         self.qsd.stop()
         self.running = False
 
     def kill(self) -> None:
+        '''End it at once'''
         if self.running:
             self.running = False
             try:
