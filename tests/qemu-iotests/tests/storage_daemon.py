@@ -6,7 +6,8 @@ import os
 import time
 from typing import Any, Dict, Optional
 
-from images import dashes
+from images import Node, dashes
+from machines import cache_stats, virtual_size
 from nbd_client import TIMEOUT, Client
 import iotests
 
