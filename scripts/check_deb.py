@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 
-from lab import MIB, Failed, RequestLog, make_files_image, qemu_img, verify
+from lab import Failed, RequestLog, make_files_image, qemu_img, verify
 
 LOG = '/root/check-deb.log'
 WORK = '/root/work'
@@ -226,6 +226,9 @@ class Guest:
 
 class Servers:
     """An HTTP server and an iSCSI target, both with the source image"""
+
+    def __init__(self):
+        self.processes = []
 
     def __enter__(self):
         with open(f'{WORK}/lighttpd.conf', 'w', encoding='utf-8') as f:
