@@ -96,7 +96,7 @@ is_version()
 }
 
 # Which version of QEMU, as patches/versions has it: VERSION says it, else the
-# source that QEMU_SRC names, or named the last time, else it is the first one.
+# source that QEMU_SRC names, else it is the first one, whatever was built before.
 # The names of its folders end in SUFFIX. What is wrong with QEMU_SRC is for
 # scripts/prepare to say.
 choose_version()
@@ -106,10 +106,8 @@ choose_version()
         is_version "$VERSION" || refuse VERSION "one of: ${KNOWN_VERSIONS[*]}"
     elif [ -n "${QEMU_SRC-}" ]; then
         VERSION=$(series_of "$(version_of "$QEMU_SRC")")
-    else
-        VERSION=$(cat cache/source.version 2> /dev/null || true)
     fi
-    is_version "$VERSION" || VERSION=${KNOWN_VERSIONS[0]}
+    is_version "${VERSION-}" || VERSION=${KNOWN_VERSIONS[0]}
     export VERSION
     SUFFIX=
     [ "$VERSION" = "${KNOWN_VERSIONS[0]}" ] || SUFFIX=-$VERSION

@@ -4,12 +4,15 @@ The patches and our own files, and git repositories that have one commit for
 each patch: what scripts/tree, save, export, check-series and
 checks/patches.py share.
 
+  python3 scripts/patchset.py VERSION    print our files that belong into that version
+
 A patch file is "Subject: ...", a blank line, text, trailers, a blank line and
 git's diff, or no diff at all if the patch only adds files. Its new files are
 not in it; the trailer "Adds:" names them. In a repository the commit has these
 files, no "Adds:", and "Patch: TOPIC/NAME" as its last trailer.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -61,9 +64,20 @@ def version_in_use():
 
 
 def our_files(version=None):
-    """Our files that belong into QEMU's tree, or into that version's"""
-    return run('scripts/series', '--files',
-               *([version] if version else [])).split()
+    """Our files that belong into QEMU's tree, or into that version's: not those
+    that only a patch for other versions adds"""
+    files = run('scripts/series', '--files').split()
+    if version is None:
+        return files
+    every = glob.glob(f'{PATCHES}/**/*.patch', recursive=True)
+    others = added(os.path.relpath(p, TOP) for p in every) - \
+        added(series(version, test=True))
+    return [f for f in files if f not in others]
+
+
+def added(patches):
+    """The files that the "Adds:" of these patch files name"""
+    return {f for p in patches for f in Patch.parse(p).adds}
 
 
 def suffix(version=None):
@@ -188,6 +202,12 @@ def parse_series(text):
     return blocks, entries
 
 
+def topic_title(topic, comment):
+    """The subject of a topic's cover letter: the comment's first sentence"""
+    title = ' '.join(comment.split()).partition('. ')[0].rstrip('.')
+    return f'{topic}: {title}' if title else topic
+
+
 def topic_comments(text):
     """{topic: text}: the comments before the first patches of topics"""
     blocks, entries = parse_series(text)
@@ -299,3 +319,10 @@ class Repo:
                         '--dst-prefix=b/', f'{commit}^', commit, '--',
                         *sorted(paths))
         return re.sub(r'^index .*\n', '', diff, flags=re.M)
+
+
+if __name__ == '__main__':
+    if len(sys.argv) != 2 or sys.argv[1] not in versions():
+        sys.exit(f'usage: {sys.argv[0]} VERSION, one of: '
+                 f'{" ".join(versions())}')
+    print(*our_files(sys.argv[1]), sep='\n')

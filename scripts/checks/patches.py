@@ -11,6 +11,7 @@ import patchset
 
 TRAILERS = 'Costs', 'Test', 'Needs', 'Needed-By'
 MOST_OVERRIDES = 8
+LONGEST_TITLE = 75
 
 
 def wrong_claims(version, patches):
@@ -101,8 +102,19 @@ def wrong(version):
             yield f'{path} is not as scripts/save writes it'
 
 
+def wrong_titles():
+    """The subjects of cover letters that are too long"""
+    for topic, comment in patchset.topic_comments(
+            patchset.read(patchset.SERIES)).items():
+        title = patchset.topic_title(topic, comment)
+        if len(title) > LONGEST_TITLE:
+            yield (f'patches/series: "{title}" has {len(title)} characters; at'
+                   f' most {LONGEST_TITLE}')
+
+
 def run():
     """(name, what is wrong) of each check"""
     for version in patchset.versions():
         yield f'the patches for {version}', sorted(set(wrong(version)))
     yield 'the files of patches/', sorted(wrong_files())
+    yield "the topics' titles", sorted(wrong_titles())

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import textwrap
+import time
 
 import patchset
 from . import patches, programs, runner
@@ -281,6 +282,18 @@ def check_tree(_copy):
                os.path.exists(os.path.join(folder, 'util/old.c')), output2)
         status, output = qemu.run('scripts/series', '10.2', version='10.2')
         yield 'the override is used', path in output.split(), output
+        status, output = Copy.run(qemu, 'scripts/version')
+        yield ('after another version, a bare make is for the first one again',
+               output == '10.0\n', output)
+        status, output = qemu.run('python3', '-B', 'scripts/patchset.py',
+                                  '10.2')
+        yield ('a file of another version does not belong into this one',
+               output == 'util/three.c\nutil/two.c\n', output)
+
+        qemu.write('tree-10.0/util/four.c', '')
+        status, output = qemu.run('scripts/save', 'tree-10.0')
+        yield ('a file that no commit has is named', status == 0 and
+               'not saved: util/four.c' in output, output)
 
         qemu.write('tree-10.0/util/two.c', 'of the tree\n')
         qemu.commit('fixup')
@@ -295,6 +308,25 @@ def check_tree(_copy):
         yield ('a repository of somebody else is refused', status != 0 and
                'mine is there, and scripts/tree did not make it' in output,
                output)
+
+
+def check_dates(_copy):
+    """Two exports of one commit are the same, and say when that was made."""
+    with tempfile.TemporaryDirectory() as folder:
+        qemu = TinyQemu(folder)
+        qemu.run('git', 'init', '-q')
+        qemu.run('git', 'add', 'patches', 'util')
+        qemu.run('git', 'commit', '-qm', 'All',
+                 GIT_COMMITTER_DATE='2001-02-03T04:05:06+0000')
+        outputs = [qemu.run('scripts/export', 'export-1')[1]]
+        # The clock shows another second
+        time.sleep(1.1)
+        outputs += [qemu.run('scripts/export', 'export-2')[1],
+                    qemu.run('diff', '-r', 'export-1', 'export-2')[1]]
+        dates = qemu.run('grep', '-rh', '^Date: ', 'export-1')[1].split('\n')
+        yield ('an export is the same each time', not outputs[2] and
+               set(dates) == {'Date: Sat, 3 Feb 2001 04:05:06 +0000', ''},
+               '\n'.join(outputs + dates))
 
 
 def check_patches(_copy):
@@ -444,8 +476,8 @@ class Check(runner.Test):
 
 CHECKS = {check.name: check for check in map(Check, (
     check_refused, check_accepted, check_newer, check_tally, check_tree,
-    check_patches, check_export, check_examples, check_references,
-    check_versions, check_size))}
+    check_dates, check_patches, check_export, check_examples,
+    check_references, check_versions, check_size))}
 
 
 def check_tests():
