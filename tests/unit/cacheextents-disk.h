@@ -1,23 +1,20 @@
 /*
- * A disk that is nothing but block status, for tests of the cacheextents filter
+ * A disk in memory that knows its block status, for tests of cacheextents
  *
  * This work is licensed under the terms of the GNU GPL, version 2 or later.
  * See the COPYING file in the top-level directory.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * The disk yields before and after what a request does, can hold requests at
- * both places, and remembers what the status of each of its blocks was at what
- * time, and when requests have changed them.  So a test can compare an answer
- * with all that it may say.
+ * It remembers what the status of each of its blocks was at what time, and when
+ * requests have changed them.  So a test can compare an answer with all that it
+ * may say.
  */
 
 #ifndef TESTS_UNIT_CACHEEXTENTS_DISK_H
 #define TESTS_UNIT_CACHEEXTENTS_DISK_H
 
-#include "block/block_int.h"
-#include "qemu/coroutine.h"
-#include "qemu/thread.h"
+#include "memory-disk.h"
 
 #define MAX_BLOCKS 512
 #define HISTORY 64
@@ -28,44 +25,31 @@
 #define DATA_ZERO (DATA | BDRV_BLOCK_ZERO)
 #define UNKNOWN BDRV_BLOCK_OFFSET_VALID
 
-typedef struct DiskConfig {
+typedef struct ExtentsConfig {
     int64_t len;        /* at the beginning */
     int64_t grain;      /* size of a block */
-    uint32_t align;     /* request alignment */
+    uint32_t align;     /* request alignment; 0: 512 */
     int64_t reach;      /* one answer covers at most this much; 0: no limit */
     int even;           /* status of the even blocks, the others are ZERO */
     int many_error;     /* of queries for many extents */
     bool one;           /* it has no bdrv_co_block_extents */
     bool random;        /* yields and short answers at random */
-} DiskConfig;
+} ExtentsConfig;
 
 typedef struct Status {
     uint64_t since;
     int flags;
 } Status;
 
-/* Kinds of requests, and where they are held */
-enum { QUERIES, CHANGES, KINDS };
-enum { HOLD_NEVER, HOLD_BEFORE, HOLD_AFTER };
-
-typedef struct Disk {
-    DiskConfig config;
-
-    /* Protects everything below */
-    QemuMutex lock;
-    int64_t len;
+typedef struct ExtentsDisk {
+    Disk disk;          /* its lock protects what follows */
+    ExtentsConfig config;
     uint64_t now;       /* counts the changes */
     /* The latest ones come last; those that were never made are 0 */
     Status history[MAX_BLOCKS][HISTORY];
     /* When requests have changed each unit: the latest times come last */
     uint64_t (*changes)[CHANGES_KEPT];
-    GRand *rand;
 
-    int hold[KINDS];
-    CoQueue held[KINDS];
-    unsigned nb_held;
-
-    unsigned percent_bad; /* of all requests */
     int query_error;
     unsigned connection;  /* counts reconnects */
     bool disconnected;
@@ -75,26 +59,26 @@ typedef struct Disk {
     unsigned nb_answered; /* extents */
     int64_t asked_offset; /* by the last query */
     int64_t asked_bytes;
-    unsigned nb_cancels;
-} Disk;
+} ExtentsDisk;
+
+/* To be called once, before the first disk is made */
+void extents_disk_init(void);
 
 /* A new node; @config is copied */
-BlockDriverState *disk_new(const char *name, const DiskConfig *config);
+BlockDriverState *extents_disk_new(const char *name,
+                                   const ExtentsConfig *config);
 
 /* Its size at most, in bytes */
-int64_t disk_max_len(Disk *d);
+int64_t disk_max_len(ExtentsDisk *d);
 
 /* What a request can change alone: a block of request alignment, or a sector */
-int64_t disk_unit(Disk *d);
+int64_t disk_unit(ExtentsDisk *d);
 
 /* The time of the last change */
-uint64_t disk_now(Disk *d);
-
-/* Hold requests of a kind from now on; let those go on that are held */
-void disk_hold(Disk *d, int kind, int where);
+uint64_t disk_now(ExtentsDisk *d);
 
 /* The blocks of a range have these flags now, without a request */
-void disk_set(Disk *d, int64_t offset, int64_t bytes, int flags);
+void disk_set(ExtentsDisk *d, int64_t offset, int64_t bytes, int flags);
 
 /* Everything is different all of a sudden, and the driver says so */
 void disk_reconnect(BlockDriverState *bs);
@@ -109,6 +93,6 @@ void disk_reconnect(BlockDriverState *bs);
  * Without queries for many extents, the block layer's own hint can call
  * something data that was data.
  */
-bool disk_was(Disk *d, uint64_t start, int64_t offset, int flags);
+bool disk_was(ExtentsDisk *d, uint64_t start, int64_t offset, int flags);
 
 #endif /* TESTS_UNIT_CACHEEXTENTS_DISK_H */

@@ -26,6 +26,7 @@ static int disk_open(BlockDriverState *bs, QDict *options, int flags,
     d->config.max_len = config->max_len ?: DISK_MAX_SIZE;
     d->config.align = config->align ?: 1;
     d->len = config->len;
+    d->grain = 1;
 
     qemu_mutex_init(&d->lock);
     qemu_co_queue_init(&d->held);
@@ -92,8 +93,7 @@ void coroutine_fn disk_delay_locked(Disk *d)
     qemu_mutex_lock(&d->lock);
 }
 
-/* Called with d->lock held */
-static bool disk_chance_locked(Disk *d, unsigned percent)
+bool disk_chance_locked(Disk *d, unsigned percent)
 {
     return g_rand_int_range(d->rand, 0, 100) < percent;
 }
@@ -117,9 +117,8 @@ int disk_result_locked(Disk *d, unsigned kind)
            disk_chance_locked(d, d->percent_bad) ? -EIO : 0;
 }
 
-/* Wait as long as requests of this kind are held.  Called with d->lock held. */
-static void coroutine_fn disk_wait_locked(Disk *d, const unsigned *hold,
-                                          unsigned kind)
+void coroutine_fn disk_wait_locked(Disk *d, const unsigned *hold,
+                                   unsigned kind)
 {
     d->nb_held++;
     while (*hold & kind) {
@@ -172,6 +171,9 @@ static void disk_store_locked(Disk *d, const DiskChange *c, int64_t start,
         return;
     }
     g_assert_cmpint(end, <=, d->config.max_len);
+    if (d->changed) {
+        d->changed(d, c, start, bytes);
+    }
     if (c->src) {
         memmove(d->data + offset, c->src + start, bytes);
     } else {
@@ -201,7 +203,7 @@ static int coroutine_fn disk_co_store(Disk *d, DiskChange *c)
     int64_t n;
     int ret;
 
-    g_assert(QEMU_IS_ALIGNED(c->offset | c->bytes, align));
+    g_assert(c->unaligned || QEMU_IS_ALIGNED(c->offset | c->bytes, align));
 
     QEMU_LOCK_GUARD(&d->lock);
 
@@ -216,6 +218,7 @@ static int coroutine_fn disk_co_store(Disk *d, DiskChange *c)
         n = d->fault.whole ? n % 2 * c->bytes : QEMU_ALIGN_DOWN(n, align);
         n = d->fault.dead && d->nb_faults ? 0 : n;
     }
+    n = MAX(QEMU_ALIGN_DOWN(c->offset + n, d->grain) - c->offset, 0);
     n = MIN(n, MAX(d->len - c->offset, 0));
     disk_store_locked(d, c, 0, n);
     disk_delay_locked(d);
@@ -223,6 +226,11 @@ static int coroutine_fn disk_co_store(Disk *d, DiskChange *c)
     ret = disk_result_locked(d, c->kind);
     if (ret == 0) {
         disk_store_locked(d, c, n, c->bytes - n);
+    }
+    if (d->changed) {
+        d->changed(d, c, c->bytes, 0);
+    }
+    if (ret == 0) {
         if (c->can_grow) {
             d->len = MAX(d->len, c->offset + c->bytes);
         }
@@ -372,6 +380,7 @@ disk_co_copy_range_to(BlockDriverState *bs, BdrvChild *src,
     DiskChange c = {
         .offset = dst_offset, .bytes = bytes, .kind = DISK_WRITE,
         .src = d->data + src_offset, .can_refuse = true, .can_grow = true,
+        .unaligned = true,
     };
 
     g_assert(src->bs == bs && dst->bs == bs);
@@ -404,7 +413,11 @@ disk_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
         error_setg_errno(errp, -ret, "Cannot truncate disk");
     } else {
         disk_store_locked(d, &c, 0, MAX(d->len - offset, 0));
+        if (d->changed) {
+            d->changed(d, &c, c.bytes, 0);
+        }
         d->len = offset;
+        disk_wait_locked(d, &d->hold_after, c.kind);
     }
     disk_change_end_locked(d, &c);
     return ret;
@@ -505,7 +518,7 @@ BlockDriver bdrv_disk = {
 };
 
 BlockDriverState *disk_new(BlockDriver *drv, const char *name,
-                           const DiskConfig *config)
+                           const void *config)
 {
     QDict *opts = qdict_new();
 
@@ -526,17 +539,35 @@ BlockBackend *user_new(BlockDriverState *bs)
     return blk;
 }
 
-void disk_hold(Disk *d)
+void disk_set_hold(Disk *d, unsigned kinds, DiskHold where)
 {
     QEMU_LOCK_GUARD(&d->lock);
-    d->hold = DISK_CHANGES;
+    d->hold &= ~kinds;
+    d->hold_after &= ~kinds;
+    if (where == HOLD_BEFORE) {
+        d->hold |= kinds;
+    } else if (where == HOLD_AFTER) {
+        d->hold_after |= kinds;
+    }
+}
+
+void disk_wake(Disk *d)
+{
+    QEMU_LOCK_GUARD(&d->lock);
+    for (unsigned nb = d->nb_held; nb > 0; nb--) {
+        qemu_co_enter_next(&d->held, &d->lock);
+    }
+}
+
+void disk_hold(Disk *d)
+{
+    disk_set_hold(d, DISK_CHANGES, HOLD_BEFORE);
 }
 
 void disk_release(Disk *d)
 {
-    QEMU_LOCK_GUARD(&d->lock);
-    d->hold = d->hold_after = 0;
-    qemu_co_enter_all(&d->held, &d->lock);
+    disk_set_hold(d, DISK_ALL, HOLD_NEVER);
+    disk_wake(d);
 }
 
 static void disk_release_bh(void *opaque)

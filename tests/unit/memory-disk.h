@@ -63,14 +63,24 @@ typedef struct DiskChange {
     bool unmap;
     bool fua;
     bool can_refuse;
+    bool unaligned;     /* the block layer has not aligned it */
     bool can_grow;
     QLIST_ENTRY(DiskChange) next;
 } DiskChange;
 
-typedef struct Disk {
+typedef struct Disk Disk;
+
+struct Disk {
     /* Constant while there are requests */
     DiskConfig config;
     unsigned max_hops; /* how often a request goes through the event loop */
+    int64_t grain;     /* the first step of a change ends at a multiple of it */
+
+    /*
+     * A change has done @bytes from its byte @start on; or it is over, and
+     * @bytes is 0.  Called with @lock held.  Can be NULL.
+     */
+    void (*changed)(Disk *d, const DiskChange *c, int64_t start, int64_t bytes);
 
     /* Protects everything below */
     QemuMutex lock;
@@ -114,7 +124,7 @@ typedef struct Disk {
     unsigned nb_in_flight;
     unsigned max_in_flight;
     QLIST_HEAD(, DiskChange) changes; /* in flight */
-} Disk;
+};
 
 /* A write in Disk.log */
 typedef struct DiskWrite {
@@ -127,14 +137,32 @@ extern BlockDriver bdrv_disk;
 /* A user of a node, who may write beyond its end */
 BlockBackend *user_new(BlockDriverState *bs);
 
-/* A new node with the driver @drv, which is bdrv_disk or made from it */
+/*
+ * A new node with the driver @drv: bdrv_disk, with a DiskConfig that is copied,
+ * or one that is made from that and has a @config of its own
+ */
 BlockDriverState *disk_new(BlockDriver *drv, const char *name,
-                           const DiskConfig *config);
+                           const void *config);
+
+/*
+ * Hold requests of some kinds before or after they are done, or never.  Those
+ * that are held already notice with the next disk_wake().
+ */
+typedef enum DiskHold { HOLD_NEVER, HOLD_BEFORE, HOLD_AFTER } DiskHold;
+void disk_set_hold(Disk *d, unsigned kinds, DiskHold where);
+void disk_wake(Disk *d);
 
 /* ---- For callbacks that a test adds; they hold d->lock ---- */
 
 /* The lock is released meanwhile */
 void coroutine_fn disk_delay_locked(Disk *d);
+
+/* Wait as long as d->hold or d->hold_after, which @hold is, has this kind */
+void coroutine_fn disk_wait_locked(Disk *d, const unsigned *hold,
+                                   unsigned kind);
+
+/* In @percent of 100 cases */
+bool disk_chance_locked(Disk *d, unsigned percent);
 
 /* Returns: 0, or a negative errno if the request is to fail */
 int disk_result_locked(Disk *d, unsigned kind);

@@ -13,7 +13,6 @@
 
 #include "qemu/osdep.h"
 #include "block/coroutines.h"
-#include "block/seqcache-compat.h"
 #include "cacheextents-disk.h"
 #include "iothread.h"
 #include "qapi/error.h"
@@ -21,7 +20,6 @@
 #include "qemu/main-loop.h"
 #include "qemu/units.h"
 #include "qobject/qdict.h"
-#include "system/block-backend.h"
 
 #define NB_USERS 12
 #define NB_CASES 10
@@ -58,7 +56,7 @@ typedef struct Test {
     BlockBackend *blk;
     BlockDriverState *bs;
     BlockDriverState *disk_bs;
-    Disk *disk;
+    ExtentsDisk *disk;
 } Test;
 
 typedef void TestFunc(Test *t, gconstpointer opaque);
@@ -66,7 +64,7 @@ typedef void TestFunc(Test *t, gconstpointer opaque);
 /* What a test begins with, and its parameters */
 typedef struct Config {
     const char *name;
-    DiskConfig disk;
+    ExtentsConfig disk;
     int64_t max_extents;
     Step steps[12];  /* for test_steps() */
     TestFunc *func;  /* if it is another one */
@@ -82,7 +80,7 @@ static void set_up(Test *t, gconstpointer opaque)
     const Config *c = opaque;
     QDict *opts = qdict_new();
 
-    t->disk_bs = disk_new("disk", &c->disk);
+    t->disk_bs = extents_disk_new("disk", &c->disk);
     t->disk = t->disk_bs->opaque;
     qdict_put_str(opts, "driver", "cacheextents");
     qdict_put_str(opts, "file", "disk");
@@ -91,11 +89,7 @@ static void set_up(Test *t, gconstpointer opaque)
     }
     t->bs = bdrv_open(NULL, NULL, opts, BDRV_O_RDWR | BDRV_O_UNMAP,
                       &error_abort);
-    t->blk = blk_new(qemu_get_aio_context(),
-                     BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE |
-                     BLK_PERM_WRITE_UNCHANGED | BLK_PERM_RESIZE, BLK_PERM_ALL);
-    blk_insert_bs(t->blk, t->bs, &error_abort);
-    blk_set_allow_write_beyond_eof(t->blk, true);
+    t->blk = user_new(t->bs);
 }
 
 static void tear_down(Test *t, gconstpointer opaque)
@@ -129,7 +123,7 @@ typedef struct Op {
 /* See disk_was() */
 static void check_status(Op *op, uint64_t start, int flags)
 {
-    Disk *d = op->t->disk;
+    ExtentsDisk *d = op->t->disk;
     /* Each block of the disk, and some that requests can change alone */
     int64_t step = MIN(d->config.grain, 7 * disk_unit(d));
 
@@ -256,9 +250,9 @@ static unsigned map(Test *t)
     int64_t offset = 0;
     int64_t pnum;
 
-    while (offset < t->disk->len) {
+    while (offset < t->disk->disk.len) {
         g_assert_cmpint(op_finish(op_start(t, OP_STATUS, offset,
-                                           t->disk->len - offset), &pnum),
+                                           t->disk->disk.len - offset), &pnum),
                         >=, 0);
         g_assert_cmpint(pnum, >, 0);
         offset += pnum;
@@ -269,17 +263,18 @@ static unsigned map(Test *t)
 /* Wait until @nb requests are held by the disk */
 static void wait_held(Test *t, unsigned nb)
 {
-    AIO_WAIT_WHILE_UNLOCKED(NULL, qatomic_read(&t->disk->nb_held) != nb);
+    AIO_WAIT_WHILE_UNLOCKED(NULL, qatomic_read(&t->disk->disk.nb_held) != nb);
 }
 
 /* Start a request, which the disk holds */
 static Op *hold_op(Test *t, OpType type, int64_t offset, int64_t bytes,
                    int where)
 {
-    unsigned nb = t->disk->nb_held;
+    unsigned nb = t->disk->disk.nb_held;
     Op *op;
 
-    t->disk->hold[type >= OP_WRITE ? CHANGES : QUERIES] = where;
+    disk_set_hold(&t->disk->disk, type >= OP_WRITE ? DISK_CHANGES : DISK_STATUS,
+                  where);
     op = op_start(t, type, offset, bytes);
     wait_held(t, nb + 1);
     return op;
@@ -293,8 +288,7 @@ static Op *hold_query(Test *t, int64_t offset)
 /* Let everything go on that is held; @op must have this result then */
 static void let_go(Test *t, Op *op, int ret)
 {
-    disk_hold(t->disk, QUERIES, HOLD_NEVER);
-    disk_hold(t->disk, CHANGES, HOLD_NEVER);
+    disk_release(&t->disk->disk);
     g_assert_cmpint(op_finish(op, NULL), ==, ret);
 }
 
@@ -324,7 +318,7 @@ static void test_steps(Test *t, gconstpointer opaque)
             disk_set(t->disk, s->offset, s->bytes, s->ret);
             break;
         case DISK_FAIL:
-            t->disk->percent_bad = s->bytes;
+            t->disk->disk.percent_bad = s->bytes;
             break;
         case DISK_RECONNECT:
             disk_reconnect(t->disk_bs);
@@ -420,7 +414,7 @@ static void test_disk_in_use(Test *t, gconstpointer opaque)
 static void test_block_size(Test *t, gconstpointer opaque)
 {
     g_assert_cmpuint(map(t), ==, 43);
-    t->disk->config.align = 4096;
+    t->disk->disk.config.align = 4096;
     t->disk->config.reach = 8192;
     bdrv_drained_begin(t->bs);
     bdrv_graph_rdlock_main_loop();
@@ -485,7 +479,9 @@ static void test_query_and_change(Test *t, gconstpointer opaque)
         }
     }
     for (int i = 0; i < 2; i++) {
-        disk_hold(t->disk, i == query_last ? QUERIES : CHANGES, HOLD_NEVER);
+        disk_set_hold(&t->disk->disk, i == query_last ? DISK_STATUS :
+                      DISK_CHANGES, HOLD_NEVER);
+        disk_wake(&t->disk->disk);
         g_assert_cmpint(op_finish(i == query_last ? query : change, NULL),
                         >=, 0);
     }
@@ -614,7 +610,8 @@ static void test_query_takes_over(Test *t, gconstpointer opaque)
         ops[i] = op_start(t, OP_STATUS, offsets[i], 512);
     }
     g_assert_cmpuint(t->disk->nb_queries, ==, 2);
-    disk_hold(t->disk, QUERIES, HOLD_BEFORE);
+    disk_set_hold(&t->disk->disk, DISK_STATUS, HOLD_BEFORE);
+    disk_wake(&t->disk->disk);
     wait_held(t, 2);
     check_asked(t, 4, 18 * BLOCK, 22 * BLOCK);
     for (int i = 0; i < 3; i++) {
@@ -631,7 +628,7 @@ static void test_overtaken_by_answer(Test *t, gconstpointer opaque)
 
     /* Makes the last block data, then is asked for while the other one waits */
     change_ok(t, OP_TRUNCATE, 12 * BLOCK, 0);
-    t->disk->hold[QUERIES] = HOLD_NEVER;
+    disk_set_hold(&t->disk->disk, DISK_STATUS, HOLD_NEVER);
     g_assert_cmpint(status(t, 0), ==, ZERO);
     let_go(t, query, ZERO);
 
@@ -644,11 +641,11 @@ static void test_truncate_and_write(Test *t, gconstpointer opaque)
 {
     Op *write = hold_op(t, OP_WRITE, 50 * BLOCK, BLOCK, HOLD_AFTER);
 
-    t->disk->hold[CHANGES] = HOLD_NEVER;
+    disk_set_hold(&t->disk->disk, DISK_CHANGES, HOLD_NEVER);
     change_ok(t, OP_TRUNCATE, 40 * BLOCK + 512, 0);
     let_go(t, write, 0);
     g_assert_cmpint(blk_getlength(t->blk), ==, 51 * BLOCK);
-    g_assert_cmpint(t->disk->len, ==, 40 * BLOCK + 512);
+    g_assert_cmpint(t->disk->disk.len, ==, 40 * BLOCK + 512);
 
     disk_set(t->disk, 42 * BLOCK, BLOCK, DATA);
     g_assert_cmpint(status(t, 40 * BLOCK), ==, ZERO);
@@ -691,7 +688,7 @@ static int reopen(BlockDriverState *bs, const char *option, const char *value)
 
 static void test_replaced_child(Test *t, gconstpointer opaque)
 {
-    BlockDriverState *other = disk_new("other", &plain.disk);
+    BlockDriverState *other = extents_disk_new("other", &plain.disk);
 
     map(t);
     g_assert_cmpint(reopen(t->bs, "file", "other"), ==, 0);
@@ -701,7 +698,7 @@ static void test_replaced_child(Test *t, gconstpointer opaque)
     g_assert_cmpint(status(t, 0), ==, ZERO);
 
     /* As a job does it */
-    other = disk_new("third", &striped.disk);
+    other = extents_disk_new("third", &striped.disk);
     bdrv_drained_begin(t->disk_bs);
     bdrv_drained_begin(other);
     bdrv_graph_wrlock();
@@ -726,7 +723,7 @@ static void test_reopen_max_extents(Test *t, gconstpointer opaque)
 /* Another node of the same reopen fails */
 static void test_reopen_abort(Test *t, gconstpointer opaque)
 {
-    BlockDriverState *other = disk_new("other", &plain.disk);
+    BlockDriverState *other = extents_disk_new("other", &plain.disk);
     BlockReopenQueue *queue;
     QDict *opts = qdict_new();
 
@@ -775,7 +772,7 @@ static void test_inactive(Test *t, gconstpointer opaque)
 static void test_cancel(Test *t, gconstpointer opaque)
 {
     bdrv_cancel_in_flight(t->bs);
-    g_assert_cmpuint(t->disk->nb_cancels, ==, 1);
+    g_assert_cmpuint(t->disk->disk.nb_cancels, ==, 1);
 }
 
 /*
@@ -1050,7 +1047,7 @@ static void coroutine_fn user_entry(void *opaque)
 {
     User *u = opaque;
     RandomTest *r = u->r;
-    Disk *d = r->t->disk;
+    ExtentsDisk *d = r->t->disk;
 
     while (qatomic_fetch_dec(&r->nb_left) > 0) {
         uint64_t start = disk_now(d);
@@ -1059,7 +1056,7 @@ static void coroutine_fn user_entry(void *opaque)
         op_entry(&op);
         qatomic_inc(&r->nb_done[op.type]);
         if (op.ret < 0) {
-            g_assert(op.ret == -EIO && d->percent_bad);
+            g_assert(op.ret == -EIO && d->disk.percent_bad);
             qatomic_inc(&r->nb_failed);
         } else if (op.type == OP_IS_ZERO && op.ret == 1) {
             int64_t end = MIN(op.offset + op.bytes, disk_max_len(d));
@@ -1085,8 +1082,8 @@ static void test_random(Test *t, gconstpointer opaque)
     IOThread *iothreads[2];
     User users[NB_USERS];
 
-    g_rand_set_seed(t->disk->rand, g_rand_int(rand));
-    t->disk->percent_bad = c->percent_bad;
+    g_rand_set_seed(t->disk->disk.rand, g_rand_int(rand));
+    t->disk->disk.percent_bad = c->percent_bad;
     for (int i = 0; i < 2; i++) {
         iothreads[i] = iothread_new();
     }
@@ -1113,7 +1110,7 @@ static void test_random(Test *t, gconstpointer opaque)
     for (int i = 0; i < 2; i++) {
         iothread_join(iothreads[i]);
     }
-    t->disk->percent_bad = 0;
+    t->disk->disk.percent_bad = 0;
     t->disk->disconnected = false;
     /* Writes beyond the end can have met truncations */
     change_ok(t, OP_TRUNCATE, c->disk.len, 0);
@@ -1172,9 +1169,8 @@ int main(int argc, char **argv)
     static Config orders[ARRAY_SIZE(changes) * NB_ORDERS];
     const char *env = g_getenv("TEST_CACHEEXTENTS_OPS");
 
-    bdrv_init();
-    qemu_init_main_loop(&error_abort);
-    g_test_init(&argc, &argv, NULL);
+    disk_test_init(&argc, &argv);
+    extents_disk_init();
 
     if (env) {
         g_assert_cmpint(qemu_strtoui(env, NULL, 0, &nb_ops), ==, 0);

@@ -760,9 +760,7 @@ int main(int argc, char **argv)
     struct sigaction sa = { .sa_handler = on_alarm };
     const char *env = g_getenv("TEST_FAULTS_ONLY");
 
-    bdrv_init();
-    qemu_init_main_loop(&error_abort);
-    g_test_init(&argc, &argv, NULL);
+    disk_test_init(&argc, &argv);
     every_way = g_test_slow();
     sigaction(SIGALRM, &sa, NULL);
 

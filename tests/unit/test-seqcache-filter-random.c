@@ -646,9 +646,7 @@ int main(int argc, char **argv)
     const char *env = g_getenv("TEST_SEQCACHE_OPS");
     size_t i;
 
-    bdrv_init();
-    qemu_init_main_loop(&error_abort);
-    g_test_init(&argc, &argv, NULL);
+    disk_test_init(&argc, &argv);
 
     g_assert(!env || qemu_strtoui(env, NULL, 0, &nb_ops) == 0);
 
