@@ -11,7 +11,8 @@ from . import iotests, programs, runner
 # first import
 RULES = ['--max-line-length=88', '--disable=wrong-import-position,'
          'too-many-instance-attributes,consider-using-with,'
-         'undefined-loop-variable,unused-argument']
+         'undefined-loop-variable,unused-argument,unknown-option-value,'
+         'too-many-positional-arguments']
 
 
 def scripts_in(language):
