@@ -15,7 +15,7 @@ import textwrap
 import time
 
 import patchset
-from . import patches, programs, runner
+from . import iotests, patches, programs, runner, tests
 from .runner import TOP
 
 # What must be refused, and a part of what is said then
@@ -76,7 +76,7 @@ ACCEPTED = [
 ]
 
 # All files in git together, and each: what is made by a run is not committed
-MAX_BYTES = 2_300_000
+MAX_BYTES = 2_105_000
 MAX_FILE_BYTES = 120_000
 
 DSC = 'Source: {}\nVersion: 1:{}+ds-1\nChecksums-Sha256:\n {} 1 {}\n'
@@ -405,7 +405,7 @@ def check_references(_copy):
     """What the documentation names exists: files, headings, targets, tests."""
     with open(os.path.join(TOP, 'Makefile'), encoding='utf-8') as f:
         targets = re.findall(r'[\w-]+', f.read().partition('.PHONY:')[2])
-    tests = {os.path.basename(path).partition('.')[0] for path in
+    known = {os.path.basename(path).partition('.')[0] for path in
              glob.glob(os.path.join(TOP, 'tests', '**'), recursive=True)}
     texts = pages()
     for path, text in sorted(texts.items()):
@@ -424,7 +424,7 @@ def check_references(_copy):
                     wrong.append(name)
             elif re.match(r'(test-|nbd-|seqcache-|cacheextents-|'
                           r'(qcow2|backup|convert)-\w+-)', name):
-                if name.partition('.')[0] not in tests:
+                if name.partition('.')[0] not in known:
                     wrong.append(name)
         yield (f'{os.path.relpath(path, TOP)} names what there is',
                not wrong, '\n'.join(wrong))
@@ -439,6 +439,21 @@ def check_versions(_copy):
                        pages()[os.path.join(TOP, 'README.md')], re.M)
     yield 'README.md names the versions tested', found == versions, \
         f'{found}, and patches/versions {versions}'
+
+
+def check_list(_copy):
+    """The names in tests.py are those of tests."""
+    parts = tests.RANDOM.values()
+    wanted = [*tests.MODE_NONE_ONLY, *(n for p in parts for n, _ in p.iotests),
+              *(n for e in tests.ENVIRONMENTS.values()
+                if isinstance(e.iotests, list) for n in e.iotests)]
+    missing = set(wanted) - {*tests.UPSTREAM_IOTESTS, *iotests.our_iotests()}
+    missing |= {p.program for p in parts if p.program and not os.path.exists(
+        f'{TOP}/tests/unit/{os.path.basename(p.program)}.c')}
+    missing |= {path for path in tests.COVERAGE
+                if not os.path.exists(os.path.join(TOP, path))}
+    yield ('the names in tests.py are those of tests',
+           missing <= {'build-util/seqcache-fuzz'}, ' '.join(sorted(missing)))
 
 
 def check_size(_copy):
@@ -477,7 +492,7 @@ class Check(runner.Test):
 CHECKS = {check.name: check for check in map(Check, (
     check_refused, check_accepted, check_newer, check_tally, check_tree,
     check_dates, check_patches, check_export, check_examples,
-    check_references, check_versions, check_size))}
+    check_references, check_versions, check_list, check_size))}
 
 
 def check_tests():
