@@ -128,6 +128,29 @@ void qcow2_update_write_behind(BlockDriverState *bs, int flags)
     s->write_behind = opts.cache_size ? wb_new(bs, &opts) : NULL;
 }
 
+int qcow2_flush_write_behind(BlockDriverState *bs, bool end_stream)
+{
+    BDRVQcow2State *s = bs->opaque;
+
+    if (!s->write_behind) {
+        return 0;
+    }
+    if (end_stream) {
+        wb_end_streams(s->write_behind);
+    }
+    return wb_flush(bs, s->write_behind);
+}
+
+void qcow2_close_write_behind(BlockDriverState *bs)
+{
+    int ret = qcow2_flush_write_behind(bs, true);
+
+    if (ret < 0) {
+        error_report("Lost compressed data on closing node '%s': %s",
+                     bdrv_get_device_or_node_name(bs), strerror(-ret));
+    }
+}
+
 int coroutine_fn
 qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
                           const void *buf, int bytes, GArray *allocs)

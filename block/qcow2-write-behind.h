@@ -44,6 +44,30 @@ bool qcow2_compressed_cache_size(BlockDriverState *bs, QemuOpts *opts,
 void GRAPH_RDLOCK qcow2_update_write_behind(BlockDriverState *bs, int flags);
 
 /**
+ * qcow2_flush_write_behind:
+ * @bs: the node.
+ * @end_stream: whether nothing will continue what was written last, as for
+ *              wb_end_streams().
+ *
+ * Write everything to the file that is in the cache; see wb_flush().  Does not
+ * flush the file.  s->lock can be held.
+ *
+ * Returns: 0 on success, also if the node has no cache; -errno on failure.
+ */
+int coroutine_mixed_fn GRAPH_RDLOCK
+qcow2_flush_write_behind(BlockDriverState *bs, bool end_stream);
+
+/**
+ * qcow2_close_write_behind:
+ * @bs: the node; it is being closed.
+ *
+ * Write everything to the file that is in the cache, and report if that fails.
+ * The cache stays, for what the caller still has to write.
+ */
+void coroutine_mixed_fn GRAPH_RDLOCK
+qcow2_close_write_behind(BlockDriverState *bs);
+
+/**
  * qcow2_co_write_compressed:
  * @bs: the node; s->lock is not held, and the node has a cache.
  * @offset: guest offset of the cluster.
