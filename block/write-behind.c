@@ -28,7 +28,8 @@
  * Both decide with the same function, wb_next_request_locked(), what to write
  * next.
  *
- * block/write-behind-age.c writes what nobody flushes.
+ * block/write-behind-age.c writes what nobody flushes, and
+ * block/write-behind-read.c reads.
  *
  * When a write to the child fails, its data goes back into the cache and @error
  * is set.  Workers stop then.  The first waiter to come writes one request
@@ -55,12 +56,6 @@
 
 /* How many requests to the child can be in flight */
 #define WB_MAX_IN_FLIGHT 4
-
-/* A part of a read request that is not cached */
-typedef struct WriteBehindGap {
-    int64_t start; /* from the start of the read request */
-    int64_t bytes;
-} WriteBehindGap;
 
 WriteBehind *wb_new(BlockDriverState *bs, const WriteBehindOptions *opts)
 {
@@ -175,12 +170,11 @@ typedef enum WriteBehindWork {
 } WriteBehindWork;
 
 /* Called with wb->lock held */
-static WriteBehindWork wb_work_locked(WriteBehind *wb,
-                                      const SeqCacheLimits *limits)
+static WriteBehindWork GRAPH_RDLOCK wb_work_locked(WriteBehind *wb)
 {
-    /* From here on no further cluster fits, also if the first is not whole */
-    int64_t almost_max = limits->max_bytes - wb->cluster_size;
+    SeqCacheLimits limits;
     SeqCacheStats stats;
+    int64_t almost_max;
 
     if (wb->abandoned) {
         return WB_WORK_NONE;
@@ -212,14 +206,16 @@ static WriteBehindWork wb_work_locked(WriteBehind *wb,
         return WB_WORK_NONE;
     }
 
-    if (stats.nb_finished >= wb->max_clusters / 2 ||
-        (stats.bytes_finished > almost_max &&
-         seqcache_next_flush_bytes(wb->cache, limits) > almost_max))
-    {
+    if (stats.nb_finished >= wb->max_clusters / 2) {
         return WB_WORK_FINISHED;
     }
 
-    return WB_WORK_NONE;
+    /* From here on no further cluster fits, also if the first is not whole */
+    limits = wb_limits(wb);
+    almost_max = limits.max_bytes - wb->cluster_size;
+    return stats.bytes_finished > almost_max &&
+           seqcache_next_flush_bytes(wb->cache, &limits) > almost_max ?
+           WB_WORK_FINISHED : WB_WORK_NONE;
 }
 
 /*
@@ -229,12 +225,13 @@ static WriteBehindWork wb_work_locked(WriteBehind *wb,
 static SeqCacheRequest * GRAPH_RDLOCK
 wb_next_request_locked(WriteBehind *wb)
 {
-    SeqCacheLimits limits = wb_limits(wb);
-    WriteBehindWork work = wb_work_locked(wb, &limits);
+    WriteBehindWork work = wb_work_locked(wb);
+    SeqCacheLimits limits;
 
     if (work == WB_WORK_NONE) {
         return NULL;
     }
+    limits = wb_limits(wb);
     return seqcache_get_next_flush(wb->cache, &limits, work == WB_WORK_ALL);
 }
 
@@ -292,12 +289,10 @@ static void coroutine_fn wb_co_worker(void *opaque);
 static void coroutine_fn GRAPH_RDLOCK
 wb_start_worker_locked(WriteBehind *wb)
 {
-    SeqCacheLimits limits = wb_limits(wb);
-
     if (wb->worker_starting || wb->nb_workers >= WB_MAX_IN_FLIGHT ||
         wb->freed || wb->drained || !wb->bs->drv || wb->error ||
         wb_is_settled_locked(wb) ||
-        wb_work_locked(wb, &limits) == WB_WORK_NONE) {
+        wb_work_locked(wb) == WB_WORK_NONE) {
         return;
     }
 
@@ -524,11 +519,13 @@ int64_t coroutine_fn wb_co_write(WriteBehind *wb, int64_t offset, int64_t bytes,
                                  bool may_begin)
 {
     int64_t n = MIN(bytes, wb->cluster_size - offset % wb->cluster_size);
+    bool continues;
     int ret;
 
     QEMU_LOCK_GUARD(&wb->lock);
 
-    if (!seqcache_continues(wb->cache, offset)) {
+    continues = seqcache_continues(wb->cache, offset);
+    if (!continues) {
         int64_t done = seqcache_overwrite(wb->cache, offset, n, qiov,
                                           qiov_offset);
 
@@ -539,108 +536,22 @@ int64_t coroutine_fn wb_co_write(WriteBehind *wb, int64_t offset, int64_t bytes,
         if (done || !may_begin || !seqcache_gap(wb->cache, offset, 1)) {
             return done;
         }
-    } else if (!wb->error) {
-        wb_store_locked(wb, offset, n, qiov, qiov_offset);
-        return n;
     }
 
     /* A stream begins; or it continues, and the writer learns of the error */
-    ret = wb_co_reserve_locked(wb, 1);
-    if (ret < 0) {
-        return ret;
-    }
-    wb_unreserve_locked(wb, 1);
-    if (!seqcache_can_write(wb->cache, offset, n)) {
-        trace_wb_accept(wb->bs, offset, n, false);
-        return 0;
-    }
-    wb_store_locked(wb, offset, n, qiov, qiov_offset);
-    return n;
-}
-
-/*
- * Read what is cached, append the rest to @gaps.  Called with wb->lock held.
- *
- * Returns: how many bytes were found.
- */
-static int64_t wb_read_cached_locked(WriteBehind *wb, int64_t offset,
-                                     int64_t bytes, QEMUIOVector *qiov,
-                                     size_t qiov_offset, GArray *gaps)
-{
-    WriteBehindGap gap = { .start = 0 };
-    int64_t found = 0;
-
-    while (gap.start < bytes) {
-        int64_t pos = offset + gap.start;
-        int64_t n = seqcache_read(wb->cache, pos, bytes - gap.start, qiov,
-                                  qiov_offset + gap.start);
-
-        found += n;
-        gap.start += n;
-        pos += n;
-        gap.bytes = seqcache_gap(wb->cache, pos, bytes - gap.start);
-        if (wb->pad && n && pos % wb->cluster_size) {
-            /* Nobody stores anything between a stream and its cluster's end */
-            int64_t rest = wb->cluster_size - pos % wb->cluster_size;
-
-            n = MIN(gap.bytes, rest);
-            qemu_iovec_memset(qiov, qiov_offset + gap.start, 0, n);
-            found += n;
-            gap.start += n;
-            gap.bytes -= n;
-        }
-        if (gap.bytes) {
-            g_array_append_val(gaps, gap);
-            gap.start += gap.bytes;
-        }
-    }
-    return found;
-}
-
-int coroutine_fn wb_co_preadv_part(WriteBehind *wb,
-                                   int64_t offset, int64_t bytes,
-                                   QEMUIOVector *qiov, size_t qiov_offset,
-                                   BdrvRequestFlags flags)
-{
-    g_autoptr(GArray) gaps = NULL;
-    int ret;
-
-    WITH_QEMU_LOCK_GUARD(&wb->lock) {
-        if (seqcache_gap(wb->cache, offset, bytes) < bytes) {
-            gaps = g_array_new(false, false, sizeof(WriteBehindGap));
-            wb->stats.read_hits++;
-            wb->stats.read_hit_bytes +=
-                wb_read_cached_locked(wb, offset, bytes, qiov, qiov_offset,
-                                      gaps);
-        }
-    }
-
-    if ((!gaps || gaps->len) && !wb->bs->file) {
-        return -ENOMEDIUM;
-    }
-    if (!gaps) {
-        return bdrv_co_preadv_part(wb->bs->file, offset, bytes, qiov,
-                                   qiov_offset, flags);
-    }
-
-    for (guint i = 0; i < gaps->len; i++) {
-        WriteBehindGap *gap = &g_array_index(gaps, WriteBehindGap, i);
-
-        ret = bdrv_co_preadv_part(wb->bs->file, offset + gap->start, gap->bytes,
-                                  qiov, qiov_offset + gap->start, flags);
+    if (!continues || wb->error) {
+        ret = wb_co_reserve_locked(wb, 1);
         if (ret < 0) {
             return ret;
         }
+        wb_unreserve_locked(wb, 1);
+        if (!seqcache_can_write(wb->cache, offset, n)) {
+            trace_wb_accept(wb->bs, offset, n, false);
+            return 0;
+        }
     }
-
-    return 0;
-}
-
-int64_t wb_gap(WriteBehind *wb, int64_t offset, int64_t bytes)
-{
-    QEMU_LOCK_GUARD(&wb->lock);
-
-    return seqcache_gap(wb->cache, offset, bytes);
+    wb_store_locked(wb, offset, n, qiov, qiov_offset);
+    return n;
 }
 
 bool wb_is_dirty(WriteBehind *wb)

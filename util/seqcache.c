@@ -6,157 +6,23 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * The clusters are found by their index through a hash table.  Besides, each
- * is in at most one list, which its state tells:
- *
- *  free                    SeqCache.free
- *  unfinished              SeqCache.unfinished, also while in flight
- *  finished, not in flight SeqCache.ready
- *  finished, in flight     none; only SeqRequest.clusters knows it
- *
  * A cluster and its buffer are one slot of a slab and are never separated.
  * Free slots are reused in the order in which they became free: then small
  * clusters that follow each other are mostly neighbours in memory too, and
  * a request needs few elements in its vector.
+ *
+ * util/seqcache-flush.c has what is written out, and when.
  */
 
 #include "qemu/osdep.h"
 #include "qemu/host-utils.h"
 #include "qemu/iov.h"
 #include "qemu/memalign.h"
-#include "qemu/seqcache.h"
+#include "seqcache-int.h"
 
 /* A slab gets this large, unless that means too many or no clusters */
 #define SLAB_SIZE (64 * 1024)
 #define SLAB_MAX_CLUSTERS 128
-
-/*
- * A cached cluster.  Positions count from the start of the cluster, and
- * begin <= flushed <= flush_end <= end.
- */
-typedef struct SeqCluster {
-    /* Offset divided by the cluster size.  Key of the hash table: stay first */
-    int64_t index;
-    uint8_t *buf;
-
-    /* The run.  Not empty. */
-    uint32_t begin;
-    uint32_t end;
-
-    /* The run was written out up to here */
-    uint32_t flushed;
-
-    /*
-     * Where the run ended at the last flush point, if it was there already
-     * (else @begin).  Unused once the cluster is finished: all of it is to be
-     * written then.
-     */
-    uint32_t flush_end;
-
-    /* Still open?  Then it is the end of the run that is less than a cluster */
-    bool unfinished;
-
-    /* Is it in a request?  There is no more than one at a time. */
-    bool in_flight;
-
-    /*
-     * Discarded in flight: counts as finished, but is neither readable nor
-     * handed out again.
-     */
-    bool doomed;
-
-    /* When it was begun; unique, and the order of writing out */
-    uint64_t seq;
-
-    /*
-     * If it is unfinished and @flushed < @flush_end: flush points up to @point
-     * need nothing more of it, and those up to @point_in_flight will not once
-     * what is in flight is written.
-     */
-    uint64_t point;
-    uint64_t point_in_flight;
-
-    /* In one of the lists of SeqCache; data is the cluster itself */
-    GList link;
-} SeqCluster;
-
-/*
- * Clusters that can be one request: @first, @last and all between them in
- * address space
- */
-typedef struct SeqRun {
-    SeqCluster *first;
-    SeqCluster *last;
-    int64_t bytes; /* what the request holds, with padding */
-    int niov;
-} SeqRun;
-
-typedef struct SeqRequest {
-    SeqCacheRequest req; /* what the user sees */
-
-    GList link; /* in SeqCache.requests; data is the request itself */
-
-    unsigned nb_clusters;
-    SeqCluster *clusters[];
-} SeqRequest;
-
-struct SeqCache {
-    uint32_t cluster_size;
-    int cluster_bits;
-    unsigned max_unfinished;
-    bool pad;
-
-    GHashTable *clusters; /* set of SeqCluster, doomed ones included */
-    GQueue unfinished;    /* by SeqCluster.seq */
-    GQueue ready;         /* by SeqCluster.seq */
-    GQueue free;          /* first freed, first used */
-    GQueue requests;      /* all that were handed out and not completed */
-
-    /* What the slabs consist of; all of it is freed at a time */
-    GPtrArray *slab_clusters;
-    GPtrArray *slab_buffers;
-
-    /* The number that the next cluster or flush point gets */
-    uint64_t next_seq;
-
-    int64_t bytes_cached;    /* in runs, except those of doomed clusters */
-    int64_t bytes_unwritten; /* of these: from SeqCluster.flushed on */
-    int64_t bytes_ready;     /* of these: in @ready */
-
-    /*
-     * What seqcache_next_flush_bytes() found, and for which limits, so that it
-     * need not begin anew: the longest run that starts with the first cluster
-     * of @ready, all of it in @ready.  Unknown if ahead.first is NULL.
-     */
-    SeqRun ahead;
-    SeqCacheLimits ahead_limits;
-};
-
-static inline int64_t cluster_offset(const SeqCache *s, const SeqCluster *c)
-{
-    return c->index << s->cluster_bits;
-}
-
-static inline uint32_t offset_in_cluster(const SeqCache *s, int64_t offset)
-{
-    return offset & (s->cluster_size - 1);
-}
-
-/* The index after that of the last cluster that a range touches */
-static inline int64_t range_end(const SeqCache *s, int64_t offset,
-                                int64_t bytes)
-{
-    assert(offset >= 0 && bytes >= 0 && bytes <= INT64_MAX - offset);
-
-    return (offset >> s->cluster_bits) +
-           (bytes ? ((offset_in_cluster(s, offset) + bytes - 1) >>
-                     s->cluster_bits) + 1 : 0);
-}
-
-static inline SeqCluster *cluster_find(const SeqCache *s, int64_t index)
-{
-    return g_hash_table_lookup(s->clusters, &index);
-}
 
 SeqCache *seqcache_new(const SeqCacheOptions *opts)
 {
@@ -237,16 +103,19 @@ static SeqCluster *cluster_new(SeqCache *s, int64_t offset)
     return c;
 }
 
-/* Its bytes no longer count */
-static void cluster_forget(SeqCache *s, const SeqCluster *c)
+/* Discard a cluster: its bytes no longer count */
+static void cluster_doom(SeqCache *s, SeqCluster *c)
 {
     s->bytes_cached -= c->end - c->begin;
     s->bytes_unwritten -= c->end - c->flushed;
+    c->doomed = true;
 }
 
-/* Remove a forgotten cluster that is in no list from the cache */
-static void cluster_free(SeqCache *s, SeqCluster *c)
+void seqcache_cluster_free(SeqCache *s, SeqCluster *c)
 {
+    if (!c->doomed) {
+        cluster_doom(s, c);
+    }
     g_hash_table_remove(s->clusters, c);
     g_queue_push_tail_link(&s->free, &c->link);
 
@@ -258,8 +127,7 @@ static void cluster_free(SeqCache *s, SeqCluster *c)
     }
 }
 
-/* Insert by number.  The place is searched from @hint, which is in the list. */
-static void ready_insert(SeqCache *s, SeqCluster *c, GList *hint)
+void seqcache_ready_insert(SeqCache *s, SeqCluster *c, GList *hint)
 {
     while (hint && ((SeqCluster *)hint->data)->seq > c->seq) {
         hint = hint->prev;
@@ -276,13 +144,6 @@ static void ready_insert(SeqCache *s, SeqCluster *c, GList *hint)
     }
 }
 
-static void ready_remove(SeqCache *s, SeqCluster *c)
-{
-    g_queue_unlink(&s->ready, &c->link);
-    s->bytes_ready -= c->end - c->flushed;
-    s->ahead.first = NULL;
-}
-
 /* Finish an unfinished cluster.  It is gone if there is nothing to write. */
 static void cluster_finish(SeqCache *s, SeqCluster *c)
 {
@@ -293,10 +154,9 @@ static void cluster_finish(SeqCache *s, SeqCluster *c)
         /* seqcache_complete() sees to it */
     } else if (c->flushed < c->end) {
         /* Only clusters that were begun since are passed on the way */
-        ready_insert(s, c, s->ready.tail);
+        seqcache_ready_insert(s, c, s->ready.tail);
     } else {
-        cluster_forget(s, c);
-        cluster_free(s, c);
+        seqcache_cluster_free(s, c);
     }
 }
 
@@ -522,308 +382,6 @@ bool seqcache_is_clean(const SeqCache *s)
     return !s->bytes_unwritten && !s->requests.length;
 }
 
-uint64_t seqcache_flush_point(SeqCache *s)
-{
-    uint64_t point = s->next_seq++;
-    GList *link;
-
-    for (link = s->unfinished.head; link; link = link->next) {
-        SeqCluster *c = link->data;
-
-        if (c->flush_end == c->end) {
-            continue;
-        }
-        if (c->flushed == c->flush_end) {
-            c->point = point - 1;
-        } else if (c->in_flight && !c->point_in_flight) {
-            c->point_in_flight = point - 1;
-        }
-        c->flush_end = c->end;
-    }
-    return point;
-}
-
-bool seqcache_is_flushed(const SeqCache *s, uint64_t point)
-{
-    GList *link = s->ready.head;
-    unsigned i;
-
-    if (link && ((SeqCluster *)link->data)->seq < point) {
-        return false;
-    }
-
-    for (link = s->unfinished.head; link; link = link->next) {
-        const SeqCluster *c = link->data;
-
-        if (c->point < point && c->flushed < c->flush_end) {
-            return false;
-        }
-    }
-
-    for (link = s->requests.head; link; link = link->next) {
-        const SeqRequest *r = link->data;
-
-        for (i = 0; i < r->nb_clusters; i++) {
-            const SeqCluster *c = r->clusters[i];
-
-            if (c->seq < point && !c->unfinished && !c->doomed) {
-                return false;
-            }
-        }
-    }
-    return true;
-}
-
-/* Where the bytes to be written out next end, not counting padding */
-static uint32_t pending_end(const SeqCluster *c)
-{
-    return c->unfinished ? c->flush_end : c->end;
-}
-
-/* Where they start: with the block that the first unwritten byte is in */
-static uint32_t pending_begin(const SeqCluster *c, int64_t align)
-{
-    return MAX(c->begin, QEMU_ALIGN_DOWN(c->flushed, align));
-}
-
-/* Where they end when they are the last in a request */
-static uint32_t padded_end(const SeqCache *s, const SeqCluster *c,
-                                 int64_t align)
-{
-    int64_t end = pending_end(c);
-
-    if (s->pad && !c->unfinished && align <= s->cluster_size) {
-        int64_t padded = QEMU_ALIGN_UP(end, align);
-
-        if (padded <= INT64_MAX - cluster_offset(s, c)) {
-            return padded;
-        }
-    }
-    return end;
-}
-
-/* Can anything of this cluster be handed out now? */
-static bool cluster_is_pending(const SeqCluster *c, bool unfinished)
-{
-    return !c->in_flight && (unfinished || !c->unfinished) &&
-           c->flushed < pending_end(c);
-}
-
-/* The cluster that follows a ready one in address space, if it is cached */
-static SeqCluster *cluster_next(const SeqCache *s, const SeqCluster *c)
-{
-    /* Mostly it was begun right after it */
-    if (c->link.next) {
-        SeqCluster *next = c->link.next->data;
-
-        if (next->index == c->index + 1) {
-            return next;
-        }
-    }
-    return cluster_find(s, c->index + 1);
-}
-
-static void run_init(const SeqCache *s, SeqRun *run, SeqCluster *first,
-                     const SeqCacheLimits *limits)
-{
-    assert(is_power_of_2(limits->align));
-    assert(limits->max_bytes > 0 && limits->max_iov > 0);
-
-    run->first = run->last = first;
-    run->bytes = padded_end(s, first, limits->align) -
-                 pending_begin(first, limits->align);
-    run->niov = 1;
-}
-
-/*
- * Add the following clusters to a run, as far as possible.
- *
- * Returns: true if there are more, but the limits do not allow them.
- */
-static bool run_extend(const SeqCache *s, SeqRun *run,
-                       const SeqCacheLimits *limits, bool unfinished)
-{
-    while (pending_end(run->last) == s->cluster_size) {
-        SeqCluster *c = cluster_next(s, run->last);
-        bool adjacent;
-        uint32_t n;
-
-        if (!c || !cluster_is_pending(c, unfinished) ||
-            pending_begin(c, limits->align) > 0) {
-            break;
-        }
-
-        adjacent = run->last->buf + s->cluster_size == c->buf;
-        n = padded_end(s, c, limits->align);
-        if (run->bytes > limits->max_bytes - n ||
-            (!adjacent && run->niov == limits->max_iov)) {
-            return true;
-        }
-        run->last = c;
-        run->bytes += n;
-        run->niov += !adjacent;
-    }
-    return false;
-}
-
-/* The first in order of all clusters that have something to hand out */
-static SeqCluster *flush_first(const SeqCache *s, bool unfinished)
-{
-    SeqCluster *c = s->ready.head ? s->ready.head->data : NULL;
-    GList *link;
-
-    if (unfinished) {
-        for (link = s->unfinished.head; link; link = link->next) {
-            SeqCluster *u = link->data;
-
-            if (c && c->seq < u->seq) {
-                break;
-            }
-            if (cluster_is_pending(u, true)) {
-                return u;
-            }
-        }
-    }
-    return c;
-}
-
-/* Make a request of the part of a run that is in [start, end) */
-static SeqRequest *request_new(SeqCache *s, const SeqRun *run, int64_t start,
-                               int64_t end)
-{
-    unsigned i, n = range_end(s, start, end - start) -
-                    (start >> s->cluster_bits);
-    SeqRequest *r = g_malloc(sizeof(*r) + n * sizeof(r->clusters[0]));
-    SeqCluster *c = run->first;
-    struct iovec *iov = NULL;
-
-    *r = (SeqRequest) {
-        .req.offset = start,
-        .req.bytes = end - start,
-        .req.iov = g_new(struct iovec, run->niov),
-        .link.data = r,
-        .nb_clusters = n,
-    };
-    g_queue_push_tail_link(&s->requests, &r->link);
-
-    for (i = 0; i < n; i++) {
-        uint32_t pos = offset_in_cluster(s, start);
-        uint32_t bytes = MIN(end - start, s->cluster_size - pos);
-        SeqCluster *next = cluster_next(s, c);
-
-        if (pos + bytes > pending_end(c)) {
-            memset(c->buf + c->end, 0, pos + bytes - c->end);
-        }
-        if (iov && (uint8_t *)iov->iov_base + iov->iov_len == c->buf) {
-            iov->iov_len += bytes;
-        } else {
-            iov = &r->req.iov[r->req.niov++];
-            iov->iov_base = c->buf + pos;
-            iov->iov_len = bytes;
-        }
-        r->clusters[i] = c;
-        start += bytes;
-
-        c->in_flight = true;
-        c->point_in_flight = 0;
-        if (!c->unfinished) {
-            ready_remove(s, c);
-        }
-        c = next;
-    }
-    return r;
-}
-
-SeqCacheRequest *seqcache_get_next_flush(SeqCache *s,
-                                         const SeqCacheLimits *limits,
-                                         bool unfinished)
-{
-    SeqCluster *first = flush_first(s, unfinished);
-    int64_t start, end, bound;
-    SeqRun run;
-    bool cut;
-
-    if (!first) {
-        return NULL;
-    }
-
-    run_init(s, &run, first, limits);
-    cut = run_extend(s, &run, limits, unfinished);
-    start = cluster_offset(s, first) + pending_begin(first, limits->align);
-    end = start + run.bytes;
-
-    if (!unfinished || cut) {
-        /* All but the last cluster are full: cut the rest off at a boundary */
-        bound = QEMU_ALIGN_DOWN(end, MAX(limits->align, s->cluster_size));
-        if (!QEMU_IS_ALIGNED(end, limits->align) && bound > start) {
-            end = bound;
-        }
-    }
-    return &request_new(s, &run, start, end)->req;
-}
-
-int64_t seqcache_next_flush_bytes(SeqCache *s, const SeqCacheLimits *limits)
-{
-    SeqCluster *first = flush_first(s, false);
-
-    if (!first) {
-        return 0;
-    }
-
-    if (!s->ahead.first || s->ahead_limits.align != limits->align ||
-        s->ahead_limits.max_bytes != limits->max_bytes ||
-        s->ahead_limits.max_iov != limits->max_iov) {
-        run_init(s, &s->ahead, first, limits);
-        s->ahead_limits = *limits;
-    }
-    run_extend(s, &s->ahead, limits, false);
-
-    return s->ahead.bytes - (padded_end(s, s->ahead.last, limits->align) -
-                             s->ahead.last->end);
-}
-
-void seqcache_complete(SeqCache *s, SeqCacheRequest *req, bool success)
-{
-    SeqRequest *r = container_of(req, SeqRequest, req);
-    GList *hint = s->ready.head;
-    unsigned i;
-
-    g_queue_unlink(&s->requests, &r->link);
-
-    for (i = 0; i < r->nb_clusters; i++) {
-        SeqCluster *c = r->clusters[i];
-
-        c->in_flight = false;
-        if (c->doomed) {
-            cluster_free(s, c);
-            continue;
-        }
-        if (success) {
-            /* Padding may reach beyond the run, a run beyond the request */
-            uint32_t flushed = MIN(c->end, req->offset + req->bytes -
-                                           cluster_offset(s, c));
-
-            s->bytes_unwritten -= flushed - c->flushed;
-            c->flushed = flushed;
-            c->point = c->point_in_flight;
-        }
-
-        if (c->unfinished) {
-            continue;
-        }
-        if (c->flushed == c->end) {
-            cluster_forget(s, c);
-            cluster_free(s, c);
-        } else {
-            ready_insert(s, c, hint);
-            hint = &c->link;
-        }
-    }
-
-    g_free(req->iov);
-    g_free(r);
-}
-
 bool seqcache_discard(SeqCache *s, int64_t offset, int64_t bytes)
 {
     SeqRange r = range_new(s, offset >> s->cluster_bits,
@@ -835,25 +393,21 @@ bool seqcache_discard(SeqCache *s, int64_t offset, int64_t bytes)
 
     while ((c = range_next(&r))) {
         in_flight |= c->in_flight;
-        if (c->doomed) {
-            continue;
-        }
-
-        cluster_forget(s, c);
         if (c->unfinished) {
             g_queue_unlink(&s->unfinished, &c->link);
             c->unfinished = false;
         } else if (!c->in_flight) {
-            ready_remove(s, c);
+            seqcache_ready_remove(s, c);
         }
-        c->doomed = c->in_flight;
         if (!c->in_flight) {
             g_queue_push_tail_link(&dropped, &c->link);
+        } else if (!c->doomed) {
+            cluster_doom(s, c);
         }
     }
 
     while ((link = g_queue_pop_head_link(&dropped))) {
-        cluster_free(s, link->data);
+        seqcache_cluster_free(s, link->data);
     }
     return in_flight;
 }
