@@ -103,7 +103,7 @@ RANDOM = {
                   operations=('SEQCACHE_OPS', 5000000)),
     'fuzz': Part('the same with inputs that libFuzzer finds',
                  program='build-util/seqcache-fuzz'),
-    'write-behind': Part('requests to write-behind: 32 000 a run', rounds=10,
+    'write-behind': Part('requests to write-behind: 8 000 a run', rounds=10,
                          program='test-write-behind', cases='/random'),
     'filter': Part('requests to the filter: 200 000 a run',
                    program='test-seqcache-filter-random', cases='/random/',
