@@ -8,10 +8,20 @@ PYTHON ?= /usr/bin/python3
 SUFFIX = $(shell VERSION='$(VERSION)' QEMU_SRC='$(QEMU_SRC)' \
 	scripts/version --suffix)
 export VERSION QEMU_SRC CONFIGURE_FLAGS JOBS BUILD PYTHON V WITH TESTS LONG_SECONDS SEED
+export PREFIX DESTDIR SOURCES
 
 all:
 	@scripts/arguments $@
 	@scripts/build
+
+install:
+	@scripts/arguments $@
+	@scripts/build --install
+	@$(PYTHON) scripts/install
+
+uninstall:
+	@scripts/arguments $@
+	@$(PYTHON) scripts/install --uninstall
 
 # Both set up all that they need
 demo:
@@ -66,6 +76,11 @@ check-deb:
 	@scripts/arguments $@
 	@scripts/check-deb
 
+dist:
+	@scripts/arguments $@
+	@scripts/deps source patches build
+	@scripts/dist
+
 update:
 	@scripts/arguments $@
 	@scripts/debian-source --update
@@ -116,13 +131,17 @@ check-clang:
 	@scripts/checkpatch
 
 clean:
-	rm -rf build build-* qemu qemu-[0-9]* qemu-test* export-* cache/source*
+	rm -rf build build-* qemu qemu-[0-9]* qemu-test* export-* dist cache/source*
 
 distclean: clean
 	rm -rf cache
 
 help:
 	@echo 'make                   obtain QEMU, apply our patches, build into build/'
+	@echo 'make install           build, and install into PREFIX=/usr/local, or below'
+	@echo '                       DESTDIR there: programs, links to firmware,'
+	@echo '                       keymaps, and where sphinx is, the manual'
+	@echo 'make uninstall         remove what was installed, and nothing else'
 	@echo 'make demo              build qemu-img, and convert a real image with it,'
 	@echo '                       with the cache off and on'
 	@echo 'make bench             measure; the results go to $$BUILD/bench/results/.'
@@ -178,6 +197,10 @@ help:
 	@echo '                       DEB=x86 (default): qemu-system-x86 as well'
 	@echo 'make check-deb         in a new Debian 13: install, upgrade, use under'
 	@echo '                       libvirt, and downgrade what make deb makes'
+	@echo 'make dist              dist/seqcache-VERSION.tar.xz of the last commit, with'
+	@echo '                       the export for each version, and SHA256SUMS;'
+	@echo '                       SOURCES="PATH ..." like QEMU_SRC, for those that'
+	@echo '                       Debian does not have'
 	@echo 'make update            take a newer QEMU, if Debian has one'
 	@echo 'make clean             remove the prepared tree and all builds'
 	@echo 'make distclean         the same, and the downloads'
@@ -198,7 +221,7 @@ help:
 	@echo '                       gcov, clang'
 	@echo 'V=1                    show the whole output of each step'
 
-.PHONY: all check check-standalone check-unit check-iotests check-filtered \
+.PHONY: all install uninstall dist check check-standalone check-unit check-iotests check-filtered \
         check-upstream check-long check-tsan check-valgrind check-clang \
         check-fresh check-deb lint check-series coverage deb export bench \
         bench-quick demo update clean distclean help

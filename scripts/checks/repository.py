@@ -15,7 +15,7 @@ import textwrap
 import time
 
 import patchset
-from . import iotests, patches, programs, runner, tests
+from . import install, iotests, patches, programs, release, runner, tests
 from .runner import TOP
 
 # What must be refused, and a part of what is said then
@@ -52,6 +52,12 @@ REFUSED = [
     ('check-upstream', 'TESTS=nonsense', 'qcow2 raw block unit'),
     ('check-upstream', 'MODES=nonsense', 'writeback'),
     ('check-clang', 'CLANG=nonsense', 'clang'),
+    ('install', 'PREFIX=relative', 'absolute path'),
+    ('install', 'PREFIX=/', 'absolute path'),
+    ('install', 'PREFIX=/dev/null/x', 'is not a folder'),
+    ('install', 'DESTDIR=relative', 'absolute path'),
+    ('uninstall', 'PREFIX=~/x', 'absolute path'),
+    ('dist', 'SOURCES=/nonexistent', 'there is no'),
     ('check-fresh', 'SUITES=nonsense', 'bookworm trixie sid'),
     ('check-fresh', 'USERS=nonsense', 'root user'),
     ('check-fresh', 'PARTS=nonsense', 'build demo check'),
@@ -492,7 +498,10 @@ class Check(runner.Test):
 CHECKS = {check.name: check for check in map(Check, (
     check_refused, check_accepted, check_newer, check_tally, check_tree,
     check_dates, check_patches, check_export, check_examples,
-    check_references, check_versions, check_list, check_size))}
+    check_references, check_versions, check_list, check_size,
+    install.check_install_script, install.check_install_refused,
+    release.check_dist, release.check_update,
+    release.check_release))}
 
 
 def check_tests():
