@@ -242,13 +242,13 @@ static int seqcache_reopen_prepare(BDRVReopenState *state,
 {
     g_autofree SeqCacheReopen *reopen = g_new0(SeqCacheReopen, 1);
     const char *new_child = qdict_get_try_str(state->options, "file");
-    BlockDriverState *old = state->bs->file->bs;
-    BlockDriverState *child = NULL;
+    BlockDriverState *old, *child = NULL;
     int ret;
 
     GLOBAL_STATE_CODE();
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
+    old = state->bs->file->bs;
     if (new_child) {
         child = bdrv_lookup_bs(new_child, new_child, NULL);
     }
