@@ -175,7 +175,8 @@ def check_install(copy):
     programs = os.path.join(to, 'opt/qemu/bin')
     systems = glob.glob(os.path.join(programs, 'qemu-system-*'))
     yield ('make install installs what was built', status == 0 and
-           len(systems) == len(glob.glob(os.path.join(glob.escape(BUILD), 'qemu-system-*[0-9a-z]'))),
+           len(systems) == len(glob.glob(os.path.join(
+               glob.escape(BUILD), 'qemu-system-*[0-9a-z]'))),
            output)
 
     with open(os.path.join(TOP, 'VERSION'), encoding='utf-8') as f:
