@@ -528,19 +528,6 @@ static bool GRAPH_RDLOCK cacheextents_is_backing(BlockDriverState *bs)
     return false;
 }
 
-/* Whether somebody else writes to the child @c, which @c allows */
-static bool GRAPH_RDLOCK cacheextents_has_rival(BdrvChild *c)
-{
-    BdrvChild *p;
-
-    QLIST_FOREACH(p, &c->bs->parents, next_parent) {
-        if (p != c && (p->perm & (BLK_PERM_WRITE | BLK_PERM_RESIZE))) {
-            return c->shared_perm & BLK_PERM_WRITE;
-        }
-    }
-    return false;
-}
-
 /*
  * Nobody else in this process may change what we remember.  A node that
  * remembers nothing shares what its parents do.  These are
@@ -561,8 +548,11 @@ cacheextents_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
     bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
     if (c && QLIST_EMPTY(&c->bs->children) && !QLIST_EMPTY(&bs->parents) &&
         !(bs->open_flags & BDRV_O_INACTIVE) &&
-        !(cacheextents_is_backing(bs) && (!(perm & BLK_PERM_CONSISTENT_READ) ||
-                                          cacheextents_has_rival(c))))
+        !(cacheextents_is_backing(bs) &&
+          (!(perm & BLK_PERM_CONSISTENT_READ) ||
+           ((c->shared_perm & BLK_PERM_WRITE) &&
+            bdrv_has_other_parent(c->bs, c,
+                                  BLK_PERM_WRITE | BLK_PERM_RESIZE)))))
     {
         *nshared &= ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
     }
@@ -616,21 +606,11 @@ static int cacheextents_open(BlockDriverState *bs, QDict *options, int flags,
     s->extents = extent_set_new();
     s->block = BDRV_SECTOR_SIZE;
 
-    ret = bdrv_open_file_child(NULL, options, "file", bs, errp);
+    ret = bdrv_filter_open_child(bs, options, errp);
     if (ret < 0) {
         cacheextents_close(bs);
-        return ret;
     }
-
-    GRAPH_RDLOCK_GUARD_MAINLOOP();
-
-    bs->supported_write_flags = BDRV_REQ_WRITE_UNCHANGED |
-        (BDRV_REQ_FUA & bs->file->bs->supported_write_flags);
-    bs->supported_zero_flags = BDRV_REQ_WRITE_UNCHANGED |
-        ((BDRV_REQ_FUA | BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK) &
-         bs->file->bs->supported_zero_flags);
-    bs->supported_truncate_flags = bs->file->bs->supported_truncate_flags;
-    return 0;
+    return ret;
 }
 
 static int cacheextents_reopen_prepare(BDRVReopenState *state,
