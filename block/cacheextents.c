@@ -325,8 +325,8 @@ cacheextents_co_query_locked(BlockDriverState *bs, int64_t start, int64_t last,
                                         MIN(last, expected) + 1 - start, 1,
                                         answer);
 
-        /* If both fail, the caller gets the first error */
-        ret = one < 0 ? ret : one;
+        /* If both fail, the caller gets the first error, or may ask itself */
+        ret = one < 0 && one != -ENOTSUP ? ret : one;
         refused = true;
     }
     trace_cacheextents_query(bs, start, answer->len, ret);
@@ -367,7 +367,8 @@ cacheextents_co_find(BlockDriverState *bs, int64_t offset, int64_t bytes,
 
     for (bool waited = false; ; waited = true) {
         cacheextents_check_epoch_locked(bs);
-        if (!s->exclusive) {
+        /* Nobody tells us if it could not be activated, and is inactive again */
+        if (!s->exclusive || (bs->open_flags & BDRV_O_INACTIVE)) {
             return -ENOTSUP;
         }
         if (!extent_set_first(s->extents, offset, offset, &e)) {
@@ -578,6 +579,16 @@ cacheextents_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
     }
 }
 
+/* Another process can have changed the child until now */
+static void coroutine_fn GRAPH_RDLOCK
+cacheextents_co_invalidate_cache(BlockDriverState *bs, Error **errp)
+{
+    BDRVCacheExtentsState *s = bs->opaque;
+
+    QEMU_LOCK_GUARD(&s->lock);
+    cacheextents_forget_locked(bs);
+}
+
 static void cacheextents_close(BlockDriverState *bs)
 {
     BDRVCacheExtentsState *s = bs->opaque;
@@ -680,6 +691,7 @@ static BlockDriver bdrv_cacheextents_filter = {
     .bdrv_refresh_limits            = bdrv_write_once_refresh_limits,
     .bdrv_child_perm                = cacheextents_child_perm,
     .bdrv_set_perm                  = cacheextents_set_perm,
+    .bdrv_co_invalidate_cache       = cacheextents_co_invalidate_cache,
 
     .bdrv_co_getlength              = cacheextents_co_getlength,
     .bdrv_co_truncate               = cacheextents_co_truncate,

@@ -171,7 +171,8 @@ static void seqcache_update_write_behind(BlockDriverState *bs,
 }
 
 /* Write out everything, if there is a cache.  BlockDriver.bdrv_inactivate. */
-static int GRAPH_RDLOCK seqcache_flush(BlockDriverState *bs)
+static int coroutine_mixed_fn GRAPH_RDLOCK
+seqcache_flush(BlockDriverState *bs)
 {
     BDRVSeqCacheState *s = bs->opaque;
 

@@ -769,6 +769,42 @@ static void test_inactive(Test *t, gconstpointer opaque)
     g_assert_cmpuint(map(t), ==, 0);
 }
 
+/* Its user cannot be activated, so the node becomes inactive again */
+static void test_failed_activation(Test *t, gconstpointer opaque)
+{
+    BlockBackend *reader;
+    int ret;
+
+    map(t);
+    g_assert(monitor_add_blk(t->blk, "drive", &error_abort));
+    bdrv_drain_all_begin();
+    g_assert_cmpint(bdrv_inactivate(t->bs, &error_abort), ==, 0);
+    bdrv_drain_all_end();
+    g_assert_cmpuint(test_stats(t).extents, ==, 0);
+    reader = blk_new(qemu_get_aio_context(), BLK_PERM_CONSISTENT_READ,
+                     BLK_PERM_ALL & ~BLK_PERM_WRITE);
+    g_assert_cmpint(blk_insert_bs(reader, t->bs, &error_abort), ==, 0);
+
+    bdrv_graph_rdlock_main_loop();
+    ret = bdrv_activate(t->bs, NULL);
+    bdrv_graph_rdunlock_main_loop();
+    g_assert_cmpint(ret, <, 0);
+    g_assert(t->bs->open_flags & BDRV_O_INACTIVE);
+
+    status(t, BLOCK);
+    g_assert_cmpuint(test_stats(t).extents, ==, 0);
+
+    /* Another process writes */
+    disk_set(t->disk, 0, 64 * BLOCK, DATA);
+    blk_unref(reader);
+    bdrv_graph_rdlock_main_loop();
+    bdrv_activate(t->bs, &error_abort);
+    bdrv_graph_rdunlock_main_loop();
+    ret = status(t, BLOCK);
+    monitor_remove_blk(t->blk);
+    g_assert_cmpint(ret, ==, DATA);
+}
+
 static void test_cancel(Test *t, gconstpointer opaque)
 {
     bdrv_cancel_in_flight(t->bs);
@@ -998,6 +1034,7 @@ static const Config situations[] = {
     { "reopen-max-extents", { STRIPED }, .func = test_reopen_max_extents },
     { "reopen-abort", { STRIPED }, .func = test_reopen_abort },
     { "inactive", { STRIPED }, .func = test_inactive },
+    { "failed-activation", { STRIPED }, .func = test_failed_activation },
     { "cancel", { STRIPED }, .func = test_cancel },
     { "permissions", { STRIPED }, .func = test_permissions },
     { "permissions-in-query", { STRIPED }, .func = test_permissions_in_query },
