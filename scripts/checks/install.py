@@ -174,10 +174,10 @@ def check_install(copy):
     status, output = run('make', 'install', **env)
     programs = os.path.join(to, 'opt/qemu/bin')
     systems = glob.glob(os.path.join(programs, 'qemu-system-*'))
-    yield ('make install installs what was built', status == 0 and
-           len(systems) == len(glob.glob(os.path.join(
-               glob.escape(BUILD), 'qemu-system-*[0-9a-z]'))),
-           output)
+    built = [path for path in glob.glob(os.path.join(
+        glob.escape(BUILD), 'qemu-system-*')) if os.path.isfile(path)]
+    yield ('make install installs what was built',
+           status == 0 and len(systems) == len(built), output)
 
     with open(os.path.join(TOP, 'VERSION'), encoding='utf-8') as f:
         version = f'(seqcache {f.read().strip()})'

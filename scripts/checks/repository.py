@@ -500,7 +500,7 @@ CHECKS = {check.name: check for check in map(Check, (
     check_dates, check_patches, check_export, check_examples,
     check_references, check_versions, check_list, check_size,
     install.check_install_script, install.check_install_refused,
-    release.check_dist, release.check_update,
+    install.check_install, release.check_dist, release.check_update,
     release.check_release))}
 
 
