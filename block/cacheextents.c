@@ -367,7 +367,7 @@ cacheextents_co_find(BlockDriverState *bs, int64_t offset, int64_t bytes,
 
     for (bool waited = false; ; waited = true) {
         cacheextents_check_epoch_locked(bs);
-        /* Nobody tells us if it could not be activated, and is inactive again */
+        /* Nobody tells us if it could not be activated */
         if (!s->exclusive || (bs->open_flags & BDRV_O_INACTIVE)) {
             return -ENOTSUP;
         }
