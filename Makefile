@@ -131,7 +131,8 @@ check-clang:
 	@scripts/checkpatch
 
 clean:
-	rm -rf build build-* qemu qemu-[0-9]* qemu-test* export-* dist cache/source*
+	rm -rf build build-* qemu qemu-[0-9]* qemu-test* export-* dist \
+		cache/source* cache/export-* cache/*.tmp-extract.*
 
 distclean: clean
 	rm -rf cache

@@ -13,6 +13,7 @@ line is the sum of all of them.
 
 import argparse
 import os
+import signal
 import sys
 
 from . import compare, coverage, iotests, lint, long, programs, repository, \
@@ -80,6 +81,8 @@ def main():
     if not (args.kinds or args.list) or set(args.kinds) - set(known):
         parser.error(f'expected some of: {" ".join(known)}')
     if args.list:
+        # For "| head"
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         list_tests(args.kinds)
         return
     if 'coverage' in args.kinds[1:]:
