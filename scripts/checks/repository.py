@@ -63,7 +63,6 @@ REFUSED = [
     ('check-fresh', 'PARTS=nonsense', 'build demo check'),
     ('deb', 'DEB=nonsense', 'utils x86'),
     ('deb', 'DEB_REVISION=a', 'number from 1'),
-    ('deb', 'DEB_CCACHE=yes', '1, or nothing'),
     ('deb', 'VERSION=10.2', 'Debian 13'),
     ('check-deb', 'QEMU_SRC=scripts', '.dsc of Debian'),
     ('bench', 'ROWS=nonsense', 'convert-*'),
