@@ -37,6 +37,15 @@ need_space()
         "this needs $1 MB. Make room there, or clone to another disk."
 }
 
+# $TOP must have O_DIRECT
+need_direct()
+{
+    if ! dd if=/dev/zero of="$TOP/direct" bs=4k count=1 oflag=direct \
+            2> /dev/null || [ "$(stat -f -c %T "$TOP")" = tmpfs ]; then
+        die "$TOP must be on a file system with O_DIRECT, and not on a tmpfs."
+    fi
+}
+
 # bootstrap SUITE FOLDER LOG: what the machine's archive has of a suite, with its
 # security updates if the machine uses those
 bootstrap()

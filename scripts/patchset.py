@@ -87,6 +87,11 @@ def suffix(version=None):
     return '' if version == versions()[0] else f'-{version}'
 
 
+def build_folder(name=''):
+    """The default build of the version in use, or that of another environment"""
+    return os.path.join(TOP, f'build{name and "-"}{name}{suffix()}')
+
+
 def source(version):
     """The folder with the unpacked source of that version; QEMU_SRC may name it,
     or that of another version"""

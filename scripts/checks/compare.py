@@ -25,14 +25,15 @@ import subprocess
 import sys
 import tempfile
 
+import patchset
 from . import iotests, programs, runner, tests
 
 ATTEMPTS = 3
 # Paths of sockets must be short
 SOCKETS = tempfile.TemporaryDirectory()
 FORMATS = ['raw', 'qcow2']
-STOCK = runner.build_folder('stock')
-PATCHED = runner.build_folder('test-patches')
+STOCK = patchset.build_folder('stock')
+PATCHED = patchset.build_folder('test-patches')
 FILTER = 'QEMU_TEST_FILTER'
 CACHE = 'QEMU_TEST_COMPRESSED_CACHE'
 

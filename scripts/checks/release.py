@@ -12,6 +12,7 @@ import subprocess
 import tarfile
 import tempfile
 
+from .copies import Copy, TinyQemu
 from .runner import TOP
 
 CHANGES = '# Changelog\n\n## [1.0] - 2026-11-30\n'
@@ -19,8 +20,6 @@ CHANGES = '# Changelog\n\n## [1.0] - 2026-11-30\n'
 
 def check_dist(_copy):
     """A release has all exports, and can be made again."""
-    # pylint: disable-next=import-outside-toplevel,cyclic-import
-    from .repository import Copy, TinyQemu
     with tempfile.TemporaryDirectory() as folder:
         qemu = TinyQemu(folder)
         sources = ' '.join(sorted(glob.glob(f'{folder}/source-*')))
@@ -40,7 +39,7 @@ def check_dist(_copy):
 
         def digest():
             with open(f'{folder}/dist/seqcache-1.0.tar.xz', 'rb') as f:
-                return hashlib.sha256(f.read()).hexdigest()
+                return hashlib.file_digest(f, 'sha256').hexdigest()
 
         run('git', 'init', '-q')
         run('git', 'add', '-A')

@@ -33,12 +33,8 @@ PROGRESS_SECONDS = 30
 os.environ['PATH'] += ':/usr/sbin:/sbin'
 
 
-def build_folder(name=''):
-    """The default build, or that of another environment"""
-    return os.path.join(TOP, f'build{name and "-"}{name}{SUFFIX}')
-
-
-BUILD = os.path.join(TOP, os.environ.get('BUILD') or build_folder(WITH))
+BUILD = os.path.join(TOP, os.environ.get('BUILD') or
+                     patchset.build_folder(WITH))
 UTIL = os.path.join(TOP, 'build-util')
 
 
