@@ -551,9 +551,7 @@ cacheextents_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
         !(bs->open_flags & BDRV_O_INACTIVE) &&
         !(cacheextents_is_backing(bs) &&
           (!(perm & BLK_PERM_CONSISTENT_READ) ||
-           ((c->shared_perm & BLK_PERM_WRITE) &&
-            bdrv_has_other_parent(c->bs, c,
-                                  BLK_PERM_WRITE | BLK_PERM_RESIZE)))))
+           bdrv_has_rival(c, BLK_PERM_WRITE | BLK_PERM_RESIZE))))
     {
         *nshared &= ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
     }

@@ -130,7 +130,7 @@ static bool GRAPH_RDLOCK seqcache_has_to_share(BdrvChild *c)
 {
     BlockDriverState *bs = bdrv_cow_bs(bdrv_skip_filters(c->bs));
 
-    if (bs && seqcache_has_rival(c)) {
+    if (bs && bdrv_has_rival(c, BLK_PERM_WRITE)) {
         return true;
     }
     while (bs && !bdrv_has_other_parent(bs, NULL, BLK_PERM_WRITE)) {
@@ -151,7 +151,7 @@ static bool GRAPH_RDLOCK seqcache_has_to_share(BdrvChild *c)
  * backing file is the source.  Their filters do not ask for consistent reads.
  * What they share stays shared, also for dirty data that remains when they have
  * gone.  If somebody else then writes to the child itself, nothing is cached
- * (seqcache_has_rival()).
+ * (bdrv_has_rival()).
  */
 void seqcache_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
                          BlockReopenQueue *reopen_queue,

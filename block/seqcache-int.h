@@ -88,13 +88,6 @@ void seqcache_grow(BlockDriverState *bs, int64_t end);
 /* The length of the node, or a negative errno, if that of the child is @len */
 int64_t seqcache_length(BDRVSeqCacheState *s, int64_t len);
 
-/* Whether somebody else writes to the child @c, which @c allows */
-static inline bool GRAPH_RDLOCK seqcache_has_rival(BdrvChild *c)
-{
-    return (c->shared_perm & BLK_PERM_WRITE) &&
-           bdrv_has_other_parent(c->bs, c, BLK_PERM_WRITE);
-}
-
 /* Callbacks of BlockDriver */
 void GRAPH_RDLOCK
 seqcache_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,

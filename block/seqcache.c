@@ -438,7 +438,8 @@ seqcache_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
 
     /* A hint about @qiov does not matter for a copy */
     if (s->write_behind && !large && !(flags & ~BDRV_REQ_REGISTERED_BUF) &&
-        !seqcache_is_write_once(bs) && !seqcache_has_rival(bs->file)) {
+        !seqcache_is_write_once(bs) &&
+        !bdrv_has_rival(bs->file, BLK_PERM_WRITE)) {
         done = seqcache_co_cache(bs, offset, bytes, qiov, qiov_offset);
     }
     if (done < 0 || done == bytes) {

@@ -10,8 +10,7 @@
 #ifndef BLOCK_FILTER_COMMON_H
 #define BLOCK_FILTER_COMMON_H
 
-#include "block/block-common.h"
-#include "block/graph-lock.h"
+#include "block/block_int-common.h"
 
 /**
  * bdrv_filter_open_child:
@@ -38,6 +37,20 @@ int bdrv_filter_open_child(BlockDriverState *bs, QDict *options, Error **errp);
  */
 bool GRAPH_RDLOCK bdrv_has_other_parent(BlockDriverState *bs, BdrvChild *c,
                                         uint64_t perm);
+
+/**
+ * bdrv_has_rival:
+ * @c: how a filter refers to its child.
+ * @perm: permissions (BLK_PERM_*).
+ *
+ * Returns: whether any of these permissions on the child was given to somebody
+ * else, and the filter lets others write there.
+ */
+static inline bool GRAPH_RDLOCK bdrv_has_rival(BdrvChild *c, uint64_t perm)
+{
+    return (c->shared_perm & BLK_PERM_WRITE) &&
+           bdrv_has_other_parent(c->bs, c, perm);
+}
 
 /**
  * bdrv_write_once_refresh_limits:
