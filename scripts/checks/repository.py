@@ -5,6 +5,7 @@ copy without any source of QEMU, and patches/. Nothing is downloaded, installed
 or built.
 """
 
+import fnmatch
 import glob
 import os
 import re
@@ -336,6 +337,19 @@ def check_versions(_copy):
         f'{found}, and patches/versions {versions}'
 
 
+def check_maintainers(_copy):
+    """MAINTAINERS covers all files that go into QEMU's tree."""
+    with open(os.path.join(TOP, 'MAINTAINERS'), encoding='utf-8') as f:
+        text = f.read()
+    ours = patchset.our_files()
+    covered = {pattern: fnmatch.filter(ours, pattern) for pattern in
+               re.findall('^F: (.*)$', text, re.M)}
+    left = {*ours}.difference(*covered.values())
+    unused = [pattern for pattern, files in covered.items() if not files]
+    yield ('each of our files has an entry, and each pattern a file',
+           not left and not unused, '\n'.join([*sorted(left), *unused]))
+
+
 def check_list(_copy):
     """The names in tests.py are those of tests."""
     parts = tests.RANDOM.values()
@@ -391,7 +405,7 @@ class Check(runner.Test):
 CHECKS = {check.name: check for check in map(Check, (
     check_refused, check_accepted, check_newer, check_tally, check_tree,
     check_dates, check_patches, check_export, check_examples,
-    check_references, check_versions, check_list, check_size,
+    check_references, check_versions, check_maintainers, check_list, check_size,
     install.check_install_script, install.check_install_refused,
     install.check_install, release.check_dist, release.check_update,
     release.check_release))}
