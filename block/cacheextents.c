@@ -65,9 +65,7 @@
 /* A request that can change the contents, while it is active */
 typedef struct CacheExtentsChange {
     BlockDriverState *bs;
-    int64_t offset;
-    int64_t bytes;
-    QLIST_ENTRY(CacheExtentsChange) next;
+    ExtentChange range;
 } CacheExtentsChange;
 
 typedef struct BDRVCacheExtentsState {
@@ -89,8 +87,6 @@ typedef struct BDRVCacheExtentsState {
     int64_t block;
     /* How often the child is asked for one extent because it refused many */
     unsigned single_queries;
-
-    QLIST_HEAD(, CacheExtentsChange) changes;
 
     /* See BlockStatsSpecificCacheExtents in the QAPI schema */
     uint64_t hits;
@@ -143,48 +139,36 @@ static bool cacheextents_absorb_opts(uint64_t *max_extents, QDict *options,
 
 /* ---- Changes ---- */
 
-/* Called with s->lock held */
-static uint64_t cacheextents_clear_locked(BDRVCacheExtentsState *s,
-                                          const CacheExtentsChange *change)
-{
-    uint64_t end = change->offset + MAX(change->bytes, 1);
-
-    return extent_set_clear(s->extents,
-                            QEMU_ALIGN_DOWN(change->offset, s->block),
-                            ROUND_UP(end, s->block) - 1);
-}
-
 /*
  * A request of our user is going to change this range of the child.  To be
  * called before the child sees it.  @change belongs to the caller.  It ends
  * when it goes out of scope, which must be after the child is done.
  */
-static void cacheextents_begin_change(BlockDriverState *bs,
-                                      CacheExtentsChange *change,
-                                      int64_t offset, int64_t bytes)
+static void GRAPH_RDLOCK
+cacheextents_begin_change(BlockDriverState *bs, CacheExtentsChange *change,
+                          int64_t offset, int64_t bytes)
 {
     BDRVCacheExtentsState *s = bs->opaque;
+    int64_t block = bdrv_block_extents_align(bs->file->bs);
+    uint64_t end = offset + MAX(bytes, 1);
 
-    *change = (CacheExtentsChange) {
-        .bs = bs, .offset = offset, .bytes = bytes,
-    };
+    change->bs = bs;
     trace_cacheextents_change(bs, offset, bytes);
 
     QEMU_LOCK_GUARD(&s->lock);
-
-    QLIST_INSERT_HEAD(&s->changes, change, next);
-    s->invalidations += cacheextents_clear_locked(s, change);
+    s->invalidations += extent_set_begin_change(s->extents, &change->range,
+                                                QEMU_ALIGN_DOWN(offset, block),
+                                                ROUND_UP(end, block) - 1);
     /* It can have made two extents of one */
     extent_set_limit(s->extents, s->max_extents, offset, offset);
 }
 
-/* Nothing was expected in its range meanwhile, and nothing is known there */
 static void cacheextents_end_change(CacheExtentsChange *change)
 {
     BDRVCacheExtentsState *s = change->bs->opaque;
 
     QEMU_LOCK_GUARD(&s->lock);
-    QLIST_REMOVE(change, next);
+    extent_set_end_change(&change->range);
 }
 
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(CacheExtentsChange, cacheextents_end_change)
@@ -213,31 +197,6 @@ static void GRAPH_RDLOCK cacheextents_check_epoch_locked(BlockDriverState *bs)
         s->epoch = epoch;
         s->block = block;
     }
-}
-
-/*
- * Expect the answer of a query from @start on, to the next extent that is known
- * or expected, and at most to @last.  Called with s->lock held.
- *
- * Returns: the last byte of that range.
- */
-static int64_t cacheextents_expect_locked(BDRVCacheExtentsState *s,
-                                          int64_t start, int64_t last,
-                                          CoQueue *query)
-{
-    Extent new = { .start = start, .last = last, .owner = query };
-    CacheExtentsChange *change;
-    Extent e;
-
-    if (extent_set_first(s->extents, start, last, &e)) {
-        /* If another query has not brought @start, take over from there */
-        new.last = e.start > start ? e.start - 1 : MIN(e.last, last);
-    }
-    extent_set_add(s->extents, &new);
-    QLIST_FOREACH(change, &s->changes, next) {
-        cacheextents_clear_locked(s, change);
-    }
-    return new.last;
 }
 
 /*
@@ -314,8 +273,8 @@ cacheextents_co_query_locked(BlockDriverState *bs, int64_t start, int64_t last,
         max = 1;
     }
     qemu_co_queue_init(&query);
-    expected = cacheextents_expect_locked(s, start, many ? INT64_MAX - 1 : last,
-                                          &query);
+    expected = extent_set_expect(s->extents, start,
+                                 many ? INT64_MAX - 1 : last, &query);
     qemu_mutex_unlock(&s->lock);
 
     ret = bdrv_co_block_extents(child, start, expected + 1 - start, max,
@@ -611,7 +570,6 @@ static int cacheextents_open(BlockDriverState *bs, QDict *options, int flags,
 
     /* Before cacheextents_set_perm() */
     qemu_mutex_init(&s->lock);
-    QLIST_INIT(&s->changes);
     s->extents = extent_set_new();
     s->block = BDRV_SECTOR_SIZE;
 

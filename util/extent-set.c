@@ -22,16 +22,21 @@ struct ExtentSet {
     uint64_t count;
     /* What was inserted last, or NULL: often the neighbour of the next one */
     ExtentNode *newest;
+    QLIST_HEAD(, ExtentChange) changes;
 };
 
 ExtentSet *extent_set_new(void)
 {
-    return g_new0(ExtentSet, 1);
+    ExtentSet *set = g_new0(ExtentSet, 1);
+
+    QLIST_INIT(&set->changes);
+    return set;
 }
 
 void extent_set_free(ExtentSet *set)
 {
     if (set) {
+        assert(QLIST_EMPTY(&set->changes));
         extent_set_clear(set, 0, UINT64_MAX);
         g_free(set);
     }
@@ -148,6 +153,40 @@ void extent_set_add(ExtentSet *set, const Extent *extent)
         extent_set_remove(set, e);
     }
     extent_set_insert(set, start, last, extent->flags, extent->owner);
+}
+
+uint64_t extent_set_expect(ExtentSet *set, uint64_t start, uint64_t last,
+                           void *owner)
+{
+    Extent new = { .start = start, .last = last, .owner = owner };
+    ExtentChange *change;
+    Extent e;
+
+    if (extent_set_first(set, start, last, &e)) {
+        new.last = e.start > start ? e.start - 1 : MIN(e.last, last);
+    }
+    extent_set_add(set, &new);
+    QLIST_FOREACH(change, &set->changes, next) {
+        if (change->start <= new.last && change->last >= start) {
+            extent_set_clear(set, MAX(change->start, start),
+                             MIN(change->last, new.last));
+        }
+    }
+    return new.last;
+}
+
+uint64_t extent_set_begin_change(ExtentSet *set, ExtentChange *change,
+                                 uint64_t start, uint64_t last)
+{
+    change->start = start;
+    change->last = last;
+    QLIST_INSERT_HEAD(&set->changes, change, next);
+    return extent_set_clear(set, start, last);
+}
+
+void extent_set_end_change(ExtentChange *change)
+{
+    QLIST_REMOVE(change, next);
 }
 
 /* The first extent that begins behind @last, or NULL */

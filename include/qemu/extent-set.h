@@ -7,13 +7,18 @@
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
  * The extents of a set do not overlap.  Neighbours that say the same are one
- * extent.  A pure data structure: it has no lock, and asks nobody.  Each
- * operation takes a time that is logarithmic in the number of extents, for each
- * extent that it adds, removes or cuts.
+ * extent.  An extent with an owner says nothing yet: its owner is finding out.
+ * While bytes are being changed, nobody can find out about them.
+ *
+ * A pure data structure: it has no lock, and asks nobody.  Each operation takes
+ * a time that is logarithmic in the number of extents, for each extent that it
+ * adds, removes or cuts.
  */
 
 #ifndef QEMU_EXTENT_SET_H
 #define QEMU_EXTENT_SET_H
+
+#include "qemu/queue.h"
 
 typedef struct ExtentSet ExtentSet;
 
@@ -32,6 +37,16 @@ typedef struct Extent {
 } Extent;
 
 /**
+ * ExtentChange: a change of a range of bytes, from extent_set_begin_change() to
+ * extent_set_end_change().  Its contents belong to the set.
+ */
+typedef struct ExtentChange {
+    uint64_t start;
+    uint64_t last;
+    QLIST_ENTRY(ExtentChange) next;
+} ExtentChange;
+
+/**
  * extent_set_new:
  *
  * Returns: an empty set, to be freed with extent_set_free().
@@ -40,7 +55,7 @@ ExtentSet *extent_set_new(void);
 
 /**
  * extent_set_free:
- * @set: the set, or NULL.
+ * @set: the set, or NULL.  It has no change.
  */
 void extent_set_free(ExtentSet *set);
 
@@ -86,6 +101,46 @@ void extent_set_add(ExtentSet *set, const Extent *extent);
  * Returns: the number of extents without an owner that were removed or cut.
  */
 uint64_t extent_set_clear(ExtentSet *set, uint64_t start, uint64_t last);
+
+/**
+ * extent_set_expect:
+ * @set: the set.
+ * @start: the first byte of a range.  It is not known.
+ * @last: its last byte.
+ * @owner: who begins to find out; not NULL.
+ *
+ * Adds an extent of @owner from @start on, to the next extent of the set, or to
+ * @last.  If somebody else is finding out about @start, @owner takes over what
+ * the other one has there up to @last.  Nothing is added where there is a
+ * change.
+ *
+ * Returns: the last byte about which @owner is to find out.
+ */
+uint64_t extent_set_expect(ExtentSet *set, uint64_t start, uint64_t last,
+                           void *owner);
+
+/**
+ * extent_set_begin_change:
+ * @set: the set.
+ * @change: the change, owned by the caller until it ends.
+ * @start: the first byte of a range.
+ * @last: its last byte.
+ *
+ * Clears the range, and lets nobody expect anything there until the change
+ * ends.  Changes may overlap.
+ *
+ * Returns: what extent_set_clear() does.
+ */
+uint64_t extent_set_begin_change(ExtentSet *set, ExtentChange *change,
+                                 uint64_t start, uint64_t last);
+
+/**
+ * extent_set_end_change:
+ * @change: what extent_set_begin_change() got.
+ *
+ * Nothing is known about its range then, unless extent_set_add() was called.
+ */
+void extent_set_end_change(ExtentChange *change);
 
 /**
  * extent_set_limit:

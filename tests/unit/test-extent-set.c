@@ -14,6 +14,7 @@
 #include "qemu/extent-set.h"
 
 #define SIZE 200 /* of the range that the random test uses, in bytes */
+#define NB_CHANGES 3 /* of it, at a time */
 
 static int owners[2];
 
@@ -110,6 +111,49 @@ static void test_limit(void)
     extent_set_free(set);
 }
 
+/* Who finds out is told how far, and takes over from somebody else */
+static void test_expect(void)
+{
+    ExtentSet *set = extent_set_new();
+
+    add(set, 100, 199, 1, NULL);
+    g_assert_cmpuint(extent_set_expect(set, 50, 80, &owners[0]), ==, 80);
+    check(set, 0, 50, 80, 0, &owners[0]);
+    g_assert_cmpuint(extent_set_expect(set, 81, 300, &owners[1]), ==, 99);
+    g_assert_cmpuint(extent_set_expect(set, 200, UINT64_MAX, &owners[0]), ==,
+                     UINT64_MAX);
+    g_assert_cmpuint(extent_set_expect(set, 60, 70, &owners[1]), ==, 70);
+    g_assert_cmpuint(extent_set_expect(set, 75, 90, &owners[1]), ==, 80);
+    check(set, 0, 50, 59, 0, &owners[0]);
+    check(set, 60, 60, 70, 0, &owners[1]);
+    check(set, 71, 71, 74, 0, &owners[0]);
+    check(set, 75, 75, 99, 0, &owners[1]);
+    g_assert_cmpuint(extent_set_count(set), ==, 6);
+    extent_set_free(set);
+}
+
+/* Nobody can find out what is being changed, though he is not told */
+static void test_change(void)
+{
+    ExtentSet *set = extent_set_new();
+    ExtentChange first, second;
+
+    add(set, 0, 99, 1, NULL);
+    g_assert_cmpuint(extent_set_begin_change(set, &first, 20, 29), ==, 1);
+    g_assert_cmpuint(extent_set_begin_change(set, &second, 25, 34), ==, 1);
+    g_assert_cmpuint(extent_set_expect(set, 20, 99, &owners[0]), ==, 34);
+    check(set, 20, 35, 99, 1, NULL);
+    extent_set_end_change(&first);
+    g_assert_cmpuint(extent_set_expect(set, 20, 99, &owners[0]), ==, 34);
+    check(set, 20, 20, 24, 0, &owners[0]);
+    check(set, 25, 35, 99, 1, NULL);
+    extent_set_end_change(&second);
+    check(set, 25, 35, 99, 1, NULL);
+    g_assert_cmpuint(extent_set_expect(set, 25, 30, &owners[0]), ==, 30);
+    check(set, 20, 20, 30, 0, &owners[0]);
+    extent_set_free(set);
+}
+
 /* ---- At random ---- */
 
 typedef struct Byte {
@@ -118,6 +162,14 @@ typedef struct Byte {
 } Byte;
 
 static const Byte unknown = { .flags = -1 };
+
+/* A change, and the range that it has while it is active */
+typedef struct Change {
+    ExtentChange change;
+    bool active;
+    int start;
+    int last;
+} Change;
 
 static bool same(Byte a, Byte b)
 {
@@ -190,17 +242,63 @@ static void limit_bytes(Byte *bytes, unsigned max, int start, int last)
     }
 }
 
+/* If @start is known, nobody asks */
+static void random_expect(ExtentSet *set, Byte *bytes, const Change *changes,
+                          int start, int last)
+{
+    Byte new = { .owner = &owners[g_test_rand_int_range(0, 2)] };
+    Byte old = bytes[start];
+    int end = start + 1;
+
+    if (old.flags >= 0 && !old.owner) {
+        return;
+    }
+    while (end <= last && same(bytes[end], old)) {
+        end++;
+    }
+    g_assert_cmpuint(extent_set_expect(set, start, last, new.owner), ==,
+                     end - 1);
+    for (int i = start; i < end; i++) {
+        bytes[i] = new;
+        for (int k = 0; k < NB_CHANGES; k++) {
+            const Change *c = &changes[k];
+
+            if (c->active && i >= c->start && i <= c->last) {
+                bytes[i] = unknown;
+            }
+        }
+    }
+}
+
+static void random_change(ExtentSet *set, Byte *bytes, Change *c, int start,
+                          int last)
+{
+    c->active = !c->active;
+    if (!c->active) {
+        extent_set_end_change(&c->change);
+        return;
+    }
+    c->start = start;
+    c->last = last;
+    g_assert_cmpuint(extent_set_begin_change(set, &c->change, start, last), ==,
+                     known_extents(bytes, start, last));
+    for (int i = start; i <= last; i++) {
+        bytes[i] = unknown;
+    }
+}
+
 static void test_random(void)
 {
     int nb_ops = g_test_slow() ? 2000000 : 20000;
     ExtentSet *set = extent_set_new();
+    Change changes[NB_CHANGES] = { 0 };
     Byte bytes[SIZE];
 
     for (int i = 0; i < SIZE; i++) {
         bytes[i] = unknown;
     }
     while (nb_ops--) {
-        int op = g_test_rand_int_range(0, 8);
+        int op = g_test_rand_int_range(0, 10);
         int start = g_test_rand_int_range(0, SIZE);
         int last = g_test_rand_int_range(start, MIN(start + 50, SIZE));
         Byte new = unknown;
@@ -210,14 +308,20 @@ static void test_random(void)
 
             extent_set_limit(set, max, start, last);
             limit_bytes(bytes, max, start, last);
+        } else if (op == 1) {
+            random_expect(set, bytes, changes, start, last);
+        } else if (op == 2) {
+            random_change(set, bytes,
+                          &changes[g_test_rand_int_range(0, NB_CHANGES)],
+                          start, last);
         } else {
-            if (op < 3) {
+            if (op < 5) {
                 uint64_t nb = known_extents(bytes, start, last);
 
                 g_assert_cmpuint(extent_set_clear(set, start, last), ==, nb);
             } else {
                 new.flags = g_test_rand_int_range(0, 3);
-                new.owner = op == 3 ? &owners[g_test_rand_int_range(0, 2)] :
+                new.owner = op == 5 ? &owners[g_test_rand_int_range(0, 2)] :
                                       NULL;
                 add(set, start, last, new.flags, new.owner);
             }
@@ -226,6 +330,11 @@ static void test_random(void)
             }
         }
         check_all(set, bytes);
+    }
+    for (int i = 0; i < NB_CHANGES; i++) {
+        if (changes[i].active) {
+            extent_set_end_change(&changes[i].change);
+        }
     }
     extent_set_free(set);
 }
@@ -237,6 +346,8 @@ int main(int argc, char **argv)
     g_test_add_func("/extent-set/replace", test_replace);
     g_test_add_func("/extent-set/merge", test_merge);
     g_test_add_func("/extent-set/limit", test_limit);
+    g_test_add_func("/extent-set/expect", test_expect);
+    g_test_add_func("/extent-set/change", test_change);
     g_test_add_func("/extent-set/random", test_random);
     return g_test_run();
 }
