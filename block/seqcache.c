@@ -275,6 +275,7 @@ static void seqcache_reopen_commit(BDRVReopenState *state)
     BlockDriverState *bs = state->bs;
     BDRVSeqCacheState *s = bs->opaque;
     g_autofree SeqCacheReopen *reopen = g_steal_pointer(&state->opaque);
+    int64_t length;
 
     GLOBAL_STATE_CODE();
     GRAPH_RDLOCK_GUARD_MAINLOOP();
@@ -289,7 +290,10 @@ static void seqcache_reopen_commit(BDRVReopenState *state)
         return;
     }
     seqcache_update_write_behind(bs, &reopen->opts, state->flags);
-    seqcache_forget_clean(s, reopen->same_child ? s->length : -1);
+    WITH_QEMU_LOCK_GUARD(&s->lock) {
+        length = reopen->same_child ? s->length : -1;
+    }
+    seqcache_forget_clean(s, length);
 }
 
 static void seqcache_reopen_abort(BDRVReopenState *state)
