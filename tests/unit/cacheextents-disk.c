@@ -201,7 +201,7 @@ static int extents_open(BlockDriverState *bs, QDict *options, int flags,
         (const ExtentsConfig *)(uintptr_t)qdict_get_int(options, "config");
     DiskConfig disk_config = {
         .len = config->len, .max_len = MAX_BLOCKS * config->grain,
-        .align = config->align ?: BDRV_SECTOR_SIZE,
+        .align = config->align ?: BDRV_SECTOR_SIZE, .unaligned_copies = true,
     };
     ExtentsDisk *d = bs->opaque;
     int ret;

@@ -380,10 +380,11 @@ disk_co_copy_range_to(BlockDriverState *bs, BdrvChild *src,
     DiskChange c = {
         .offset = dst_offset, .bytes = bytes, .kind = DISK_WRITE,
         .src = d->data + src_offset, .can_refuse = true, .can_grow = true,
-        .unaligned = true,
+        .unaligned = d->config.unaligned_copies,
     };
 
     g_assert(src->bs == bs && dst->bs == bs);
+    g_assert(c.unaligned || QEMU_IS_ALIGNED(src_offset, d->config.align));
     WITH_QEMU_LOCK_GUARD(&d->lock) {
         d->nb.copies++;
     }

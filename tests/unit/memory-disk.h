@@ -42,6 +42,7 @@ typedef struct DiskConfig {
     uint32_t align;         /* 0: 1 */
     uint32_t max_transfer;
     bool no_flags;          /* the disk supports none; QEMU emulates FUA */
+    bool unaligned_copies;  /* may be; the block layer does not align them */
 } DiskConfig;
 
 /* What is to fail, counting only the requests of some kinds */
@@ -63,7 +64,7 @@ typedef struct DiskChange {
     bool unmap;
     bool fua;
     bool can_refuse;
-    bool unaligned;     /* the block layer has not aligned it */
+    bool unaligned;     /* allowed, for DiskConfig.unaligned_copies */
     bool can_grow;
     QLIST_ENTRY(DiskChange) next;
 } DiskChange;
