@@ -359,10 +359,14 @@ def check_list(_copy):
     missing = set(wanted) - {*tests.UPSTREAM_IOTESTS, *iotests.our_iotests()}
     missing |= {p.program for p in parts if p.program and not os.path.exists(
         f'{TOP}/tests/unit/{os.path.basename(p.program)}.c')}
-    missing |= {path for path in tests.COVERAGE
-                if not os.path.exists(os.path.join(TOP, path))}
     yield ('the names in tests.py are those of tests',
            missing <= {'build-util/seqcache-fuzz'}, ' '.join(sorted(missing)))
+    ours = {os.path.relpath(path, TOP) for folder in ('block', 'util')
+            for path in glob.glob(os.path.join(glob.escape(TOP), folder,
+                                               '*.c'))}
+    yield ('there is a minimum of coverage for each C file of the product',
+           ours == set(tests.COVERAGE),
+           ' '.join(sorted(ours ^ set(tests.COVERAGE))))
 
 
 def check_size(_copy):

@@ -149,7 +149,9 @@ COVERAGE = {
     'block/seqcache-child.c': 90,
     'block/cacheextents.c': 90,
     'block/block-extents.c': 90,
+    'block/filter-common.c': 90,
     'block/qcow2-write-behind.c': 90,
+    'block/qcow2-compress-ahead.c': 90,
 }
 
 # What QEMU's own tests may do differently, and why. Any other difference is a
