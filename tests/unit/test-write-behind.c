@@ -6,648 +6,21 @@
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * A test node stands where qcow2 or a filter stands: it hands all of its
- * requests to a WriteBehind.  Its file child is a disk in memory.  After each
- * test, a flush must succeed and the disk must have all that was accepted.
- *
  * For a given --seed the random test always does the same.
  */
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
+#include "write-behind-node.h"
 #include "fixture.h"
-#include "memory-disk.h"
-#include "block/write-behind.h"
 #include "iothread.h"
-#include "qemu/main-loop.h"
-#include "qemu/units.h"
 #include "qobject/qdict.h"
-
-#define DISK_SIZE (8 * MiB)
-
-/* ---- The node that has the WriteBehind ---- */
-
-typedef struct TestNode {
-    WriteBehind *wb;
-    int64_t cluster_size;
-} TestNode;
-
-static void node_close(BlockDriverState *bs)
-{
-    TestNode *s = bs->opaque;
-
-    wb_free(s->wb);
-}
-
-static int64_t coroutine_fn node_co_getlength(BlockDriverState *bs)
-{
-    return DISK_SIZE;
-}
-
-static int coroutine_fn GRAPH_RDLOCK
-node_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
-                    QEMUIOVector *qiov, size_t qiov_offset,
-                    BdrvRequestFlags flags)
-{
-    TestNode *s = bs->opaque;
-
-    return wb_co_preadv_part(s->wb, offset, bytes, qiov, qiov_offset, flags);
-}
-
-/* -EBUSY for a write that a WriteBehind is not made for */
-static int coroutine_fn GRAPH_RDLOCK
-node_co_pwritev(BlockDriverState *bs, int64_t offset, int64_t bytes,
-                QEMUIOVector *qiov, BdrvRequestFlags flags)
-{
-    TestNode *s = bs->opaque;
-    uint64_t nb_clusters = (offset + bytes - 1) / s->cluster_size -
-                           offset / s->cluster_size + 1;
-    g_autofree uint8_t *buf = g_malloc(bytes);
-    int ret;
-
-    qemu_iovec_to_buf(qiov, 0, buf, bytes);
-    ret = wb_co_reserve(s->wb, nb_clusters);
-    if (ret < 0) {
-        return ret;
-    }
-    return wb_accept(s->wb, nb_clusters, offset, bytes, buf) ? 0 : -EBUSY;
-}
-
-static int coroutine_fn GRAPH_RDLOCK
-node_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
-{
-    TestNode *s = bs->opaque;
-
-    wb_co_discard(bs, s->wb, offset, bytes);
-    disk_zero(bs->file->bs->opaque, offset, bytes);
-    return 0;
-}
-
-static int coroutine_fn GRAPH_RDLOCK
-node_co_flush_to_os(BlockDriverState *bs)
-{
-    TestNode *s = bs->opaque;
-
-    return s->wb ? wb_co_flush(bs, s->wb) : 0;
-}
-
-static int coroutine_fn GRAPH_RDLOCK
-node_co_settle(BlockDriverState *bs, BdrvSettleMode mode)
-{
-    TestNode *s = bs->opaque;
-
-    return wb_co_settle(s->wb, mode);
-}
-
-static void node_drain_begin(BlockDriverState *bs)
-{
-    TestNode *s = bs->opaque;
-
-    wb_drained_begin(s->wb);
-}
-
-static void node_drain_end(BlockDriverState *bs)
-{
-    TestNode *s = bs->opaque;
-
-    wb_drained_end(s->wb);
-}
-
-static BlockDriver bdrv_node = {
-    .format_name            = "write-behind-node",
-    .instance_size          = sizeof(TestNode),
-    .bdrv_close             = node_close,
-    .bdrv_child_perm        = bdrv_default_perms,
-    .bdrv_co_getlength      = node_co_getlength,
-    .bdrv_co_preadv_part    = node_co_preadv_part,
-    .bdrv_co_pwritev        = node_co_pwritev,
-    .bdrv_co_pdiscard       = node_co_pdiscard,
-    .bdrv_co_flush_to_os    = node_co_flush_to_os,
-    .bdrv_co_settle         = node_co_settle,
-    .bdrv_drain_begin       = node_drain_begin,
-    .bdrv_drain_end         = node_drain_end,
-};
-
-/* ---- A test's environment ---- */
-
-typedef struct TestConfig {
-    int64_t cluster_size;
-    int64_t cache_size;
-    unsigned max_streams;   /* 0: 4 */
-    bool no_pad;
-    uint32_t align;         /* 0: 1 */
-    uint32_t max_transfer;
-    int64_t max_age_ms;
-    bool busy;              /* four requests are held, and more are to come */
-    int param;              /* what differs between the cases of one test */
-} TestConfig;
-
-#define SMALL(nb_clusters) \
-    .cluster_size = 4096, .cache_size = (nb_clusters) * 4096
-#define LARGE(size) .cluster_size = 64 * KiB, .cache_size = (size)
-
-typedef struct Test {
-    const TestConfig *config;
-    BlockBackend *blk;
-    BlockDriverState *bs;
-    WriteBehind *wb;
-    BlockDriverState *disk_bs;
-    Disk *disk;
-    bool unchecked;     /* tear_down() does not look at the disk */
-
-    /* Where op_append() goes on; only for tests in one AioContext */
-    int64_t alloc;
-    /* What the node must read as */
-    uint8_t *shadow;
-} Test;
-
-static BlockDriverState *new_disk(const char *name, const TestConfig *config)
-{
-    return disk_new(&bdrv_disk, name, &(DiskConfig) {
-        .len = DISK_SIZE, .max_len = DISK_SIZE, .align = config->align,
-        .max_transfer = config->max_transfer,
-    });
-}
-
-static void test_attach(Test *t)
-{
-    bdrv_ref(t->disk_bs);
-    bdrv_graph_wrlock();
-    bdrv_attach_child(t->bs, t->disk_bs, "file", &child_of_bds,
-                      BDRV_CHILD_IMAGE | BDRV_CHILD_PRIMARY, &error_abort);
-    bdrv_graph_wrunlock();
-}
-
-static void test_detach(Test *t)
-{
-    bdrv_graph_wrlock();
-    bdrv_unref_child(t->bs, t->bs->file);
-    bdrv_graph_wrunlock();
-}
-
-/* How often the WriteBehind of the only node said so */
-static unsigned nb_written_out;
-
-static void count_written_out(BlockDriverState *bs)
-{
-    nb_written_out++;
-}
-
-/* The WriteBehind is new from now on, without data */
-static void test_new_wb(Test *t)
-{
-    TestNode *s = t->bs->opaque;
-    WriteBehindOptions opts = {
-        .cache_size = t->config->cache_size,
-        .cluster_size = t->config->cluster_size,
-        .max_streams = t->config->max_streams ?: 4,
-        .pad = !t->config->no_pad,
-        .event = BLKDBG_WRITE_COMPRESSED,
-        .max_age_ms = t->config->max_age_ms,
-        .written_out = count_written_out,
-    };
-
-    wb_free(s->wb);
-    s->wb = t->wb = wb_new(t->bs, &opts);
-    s->cluster_size = t->config->cluster_size;
-    g_assert_cmpint(wb_cache_size(t->wb), ==, t->config->cache_size);
-}
-
-static void fill_cache(Test *t);
-
-static void set_up(Test *t, const TestConfig *config)
-{
-    t->config = config;
-    t->disk_bs = new_disk("disk", t->config);
-    t->disk = t->disk_bs->opaque;
-    t->bs = bdrv_new_open_driver(&bdrv_node, "node",
-                                 BDRV_O_RDWR | BDRV_O_UNMAP, &error_abort);
-    test_attach(t);
-    test_new_wb(t);
-    t->blk = user_new(t->bs);
-    t->shadow = g_malloc0(DISK_SIZE);
-    nb_written_out = 0;
-    if (t->config->busy) {
-        fill_cache(t);
-    }
-}
-
-static void check_all(Test *t);
-
-static void tear_down(Test *t, const TestConfig *config)
-{
-    if (!t->unchecked) {
-        check_all(t);
-    }
-    blk_unref(t->blk);
-    bdrv_unref(t->bs);
-    bdrv_unref(t->disk_bs);
-    g_free(t->shadow);
-}
-
-static void fill(uint8_t *buf, int64_t offset, int64_t bytes, unsigned gen)
-{
-    int64_t i;
-
-    for (i = offset; i < offset + bytes; i++) {
-        *buf++ = i * 7 + (i >> 8) * 13 + (i >> 12) * 5 + gen;
-    }
-}
-
-/* The disk has something on it */
-static void fill_disk(Test *t)
-{
-    fill(t->disk->data, 0, DISK_SIZE, 77);
-    fill(t->shadow, 0, DISK_SIZE, 77);
-}
-
-/* Assert that a range of the disk has what was accepted */
-static void assert_on_disk(Test *t, int64_t offset, int64_t bytes)
-{
-    QEMU_LOCK_GUARD(&t->disk->lock);
-    assert_bytes(t->disk->data + offset, t->shadow + offset, offset, bytes,
-                 "disk");
-}
-
-static void assert_all_on_disk(Test *t)
-{
-    assert_on_disk(t, 0, DISK_SIZE);
-}
-
-static void forget_writes(Test *t)
-{
-    g_array_set_size(t->disk->log, 0);
-}
-
-static void assert_log(Test *t, const DiskWrite *expected, unsigned n)
-{
-    GArray *log = t->disk->log;
-    unsigned i;
-
-    for (i = 0; i < MIN(n, log->len); i++) {
-        DiskWrite *w = &g_array_index(log, DiskWrite, i);
-
-        g_assert_cmpint(w->offset, ==, expected[i].offset);
-        g_assert_cmpint(w->bytes, ==, expected[i].bytes);
-    }
-    g_assert_cmpuint(log->len, ==, n);
-    forget_writes(t);
-}
-
-/* Assert which writes the disk got since the last time, as { offset, bytes } */
-#define assert_writes(t, ...)                                           \
-    do {                                                                \
-        const DiskWrite expected_[] = { __VA_ARGS__ };                  \
-        assert_log(t, expected_, ARRAY_SIZE(expected_));                \
-    } while (0)
-
-static void assert_no_writes(Test *t)
-{
-    assert_log(t, NULL, 0);
-}
-
-/* When nothing happens any more, the disk holds @n requests */
-static void assert_held(Test *t, unsigned n)
-{
-    settle();
-    g_assert_cmpuint(t->disk->nb_held, ==, n);
-}
-
-/* A drained section that begins while the disk holds requests */
-static void drain_held(Test *t)
-{
-    disk_release_later(t->disk);
-    bdrv_drained_begin(t->bs);
-    g_assert_cmpuint(t->disk->nb_in_flight, ==, 0);
-}
-
-static void change_graph_elsewhere(void)
-{
-    bdrv_graph_wrlock();
-    bdrv_graph_wrunlock();
-}
-
-/* ---- Requests, each in a coroutine of its own ---- */
-
-typedef struct TestOp TestOp;
-typedef int coroutine_fn TestOpFunc(TestOp *op);
-
-struct TestOp {
-    Test *t;
-    TestOpFunc *fn;
-    int64_t offset;
-    int64_t bytes;
-    unsigned gen;
-    uint64_t nb_clusters;
-    int ret; /* -EINPROGRESS until it is done */
-};
-
-static int coroutine_fn op_write(TestOp *op)
-{
-    g_autofree uint8_t *buf = g_malloc(op->bytes);
-    int ret;
-
-    fill(buf, op->offset, op->bytes, op->gen);
-    ret = blk_co_pwrite(op->t->blk, op->offset, op->bytes, buf, 0);
-    if (ret == 0) {
-        memcpy(op->t->shadow + op->offset, buf, op->bytes);
-    }
-    return ret;
-}
-
-/* Read in pieces of @gen bytes, if it is not 0, and compare */
-static int coroutine_fn op_read(TestOp *op)
-{
-    g_autofree uint8_t *buf = g_malloc(op->bytes);
-    QEMUIOVector qiov;
-    int64_t i, n;
-    int ret;
-
-    qemu_iovec_init(&qiov, 1);
-    for (i = 0; i < op->bytes; i += n) {
-        n = op->gen ? MIN(op->gen, op->bytes - i) : op->bytes;
-        qemu_iovec_add(&qiov, buf + i, n);
-    }
-    ret = blk_co_preadv(op->t->blk, op->offset, op->bytes, &qiov, 0);
-    if (ret == 0) {
-        assert_bytes(buf, op->t->shadow + op->offset, op->offset, op->bytes,
-                     "read");
-    }
-    qemu_iovec_destroy(&qiov);
-    return ret;
-}
-
-static int coroutine_fn op_discard(TestOp *op)
-{
-    int ret = compat_blk_co_pdiscard(op->t->blk, op->offset, op->bytes);
-
-    if (ret == 0) {
-        memset(op->t->shadow + op->offset, 0, op->bytes);
-    }
-    return ret;
-}
-
-static int coroutine_fn op_blk_flush(TestOp *op)
-{
-    return blk_co_flush(op->t->blk);
-}
-
-/*
- * The others do not go through the BlockBackend, which would let flushes wait
- * for each other, and requests for the end of a drained section.  Each is a
- * request of the node until its function returns.
- */
-static void request_end(BlockDriverState **bs)
-{
-    bdrv_dec_in_flight(*bs);
-}
-
-#define REQUEST_GUARD(t)                                                \
-    __attribute__((cleanup(request_end)))                               \
-    BlockDriverState *request_bs = (bdrv_inc_in_flight((t)->bs), (t)->bs); \
-    GRAPH_RDLOCK_GUARD()
-
-static int coroutine_fn op_flush(TestOp *op)
-{
-    REQUEST_GUARD(op->t);
-    return wb_co_flush(op->t->bs, op->t->wb);
-}
-
-static int coroutine_fn op_reserve(TestOp *op)
-{
-    REQUEST_GUARD(op->t);
-    return wb_co_reserve(op->t->wb, op->nb_clusters);
-}
-
-static int coroutine_fn op_unreserve(TestOp *op)
-{
-    wb_unreserve(op->t->wb, op->nb_clusters);
-    return 0;
-}
-
-static int coroutine_fn op_write_out(TestOp *op)
-{
-    REQUEST_GUARD(op->t);
-    return wb_co_write_out(op->t->wb, op->offset, op->bytes);
-}
-
-/* @gen is the mode */
-static int coroutine_fn op_settle(TestOp *op)
-{
-    GRAPH_RDLOCK_GUARD();
-    return bdrv_co_settle(op->t->bs, op->gen);
-}
-
-/* Use up an op_reserve() */
-static int coroutine_fn op_accept(TestOp *op)
-{
-    Test *t = op->t;
-    g_autofree uint8_t *buf = g_malloc(op->bytes);
-
-    REQUEST_GUARD(t);
-    fill(buf, op->offset, op->bytes, op->gen);
-    if (!wb_accept(t->wb, op->nb_clusters, op->offset, op->bytes, buf)) {
-        return -EBUSY;
-    }
-    memcpy(t->shadow + op->offset, buf, op->bytes);
-    return 0;
-}
-
-/* Allocate space after the last one, in a new cluster if a stream ended */
-static int coroutine_fn op_append(TestOp *op)
-{
-    Test *t = op->t;
-    int ret;
-
-    op->nb_clusters = DIV_ROUND_UP(op->bytes, t->config->cluster_size);
-    ret = op_reserve(op);
-    if (ret < 0) {
-        return ret;
-    }
-    if (!wb_continues(t->wb, t->alloc)) {
-        t->alloc = ROUND_UP(t->alloc, t->config->cluster_size);
-    }
-    op->offset = t->alloc;
-    t->alloc += op->bytes;
-    ret = op_accept(op);
-    g_assert_cmpint(ret, ==, 0);
-    return ret;
-}
-
-/*
- * As a filter does it, for what is cached, or continues a stream, or may begin
- * one if @nb_clusters is not 0.  Fails with -EAGAIN if not all was stored.
- */
-static int coroutine_fn op_co_write(TestOp *op)
-{
-    Test *t = op->t;
-    g_autofree uint8_t *buf = g_malloc(op->bytes);
-    QEMUIOVector qiov;
-    int64_t ret;
-
-    REQUEST_GUARD(t);
-    fill(buf, op->offset, op->bytes, op->gen);
-    /* In two parts, after something else */
-    qemu_iovec_init(&qiov, 3);
-    qemu_iovec_add(&qiov, &ret, sizeof(ret));
-    qemu_iovec_add(&qiov, buf, op->bytes / 3);
-    qemu_iovec_add(&qiov, buf + op->bytes / 3, op->bytes - op->bytes / 3);
-    ret = wb_co_write(t->wb, op->offset, op->bytes, &qiov, sizeof(ret),
-                      op->nb_clusters);
-    qemu_iovec_destroy(&qiov);
-    if (ret < 0) {
-        return ret;
-    }
-    memcpy(t->shadow + op->offset, buf, ret);
-    return ret == op->bytes ? 0 : -EAGAIN;
-}
-
-static bool op_done(TestOp *op)
-{
-    return qatomic_load_acquire(&op->ret) != -EINPROGRESS;
-}
-
-static void coroutine_fn op_entry(void *opaque)
-{
-    TestOp *op = opaque;
-    int ret = op->fn(op);
-
-    qatomic_store_release(&op->ret, ret);
-    aio_wait_kick();
-}
-
-static TestOp *op_start_in(TestOp *op, AioContext *ctx)
-{
-    op->ret = -EINPROGRESS;
-    aio_co_enter(ctx, qemu_coroutine_create(op_entry, op));
-    return op;
-}
-
-static TestOp *op_start(TestOp *op)
-{
-    return op_start_in(op, qemu_get_aio_context());
-}
-
-static int op_wait(TestOp *op)
-{
-    AIO_WAIT_WHILE_UNLOCKED(NULL, !op_done(op));
-    return op->ret;
-}
-
-/* A request that goes on in the background, until the end of the block */
-#define start(t_, fn_, ...) \
-    op_start(&(TestOp) { .t = (t_), .fn = (fn_), __VA_ARGS__ })
-#define run(...) op_wait(start(__VA_ARGS__))
-#define run_ok(...) g_assert_cmpint(run(__VA_ARGS__), ==, 0)
-#define run_fails(t, ret, ...) g_assert_cmpint(run(t, __VA_ARGS__), ==, ret)
-
-/* Wait for it, and assert that it returns this */
-#define finish(op, ret) g_assert_cmpint(op_wait(op), ==, ret)
-
-static void assert_waits(TestOp *op)
-{
-    settle();
-    g_assert_false(op_done(op));
-}
-
-static bool ops_done(TestOp *ops, unsigned n)
-{
-    while (n && op_done(&ops[n - 1])) {
-        n--;
-    }
-    return !n;
-}
-
-static void ops_start(TestOp *ops, unsigned n)
-{
-    for (unsigned i = 0; i < n; i++) {
-        op_start(&ops[i]);
-    }
-}
-
-static void ops_finish(TestOp *ops, unsigned n, int ret)
-{
-    for (unsigned i = 0; i < n; i++) {
-        finish(&ops[i], ret);
-    }
-}
-
-static void write_ok(Test *t, int64_t offset, int64_t bytes)
-{
-    run_ok(t, op_write, .offset = offset, .bytes = bytes, .gen = 1);
-}
-
-static void append_ok(Test *t, int64_t bytes)
-{
-    run_ok(t, op_append, .bytes = bytes, .gen = 1);
-}
-
-static void read_ok(Test *t, int64_t offset, int64_t bytes)
-{
-    run_ok(t, op_read, .offset = offset, .bytes = bytes);
-}
-
-static void read_all(Test *t)
-{
-    read_ok(t, 0, DISK_SIZE);
-}
-
-static void discard_ok(Test *t, int64_t offset, int64_t bytes)
-{
-    run_ok(t, op_discard, .offset = offset, .bytes = bytes);
-}
-
-static void flush_ok(Test *t)
-{
-    run_ok(t, op_flush);
-}
-
-static void reserve_ok(Test *t, uint64_t nb_clusters)
-{
-    run_ok(t, op_reserve, .nb_clusters = nb_clusters);
-}
-
-static void unreserve(Test *t, uint64_t nb_clusters)
-{
-    run_ok(t, op_unreserve, .nb_clusters = nb_clusters);
-}
-
-/* A flush that fails */
-static void fail_flush(Test *t, int error)
-{
-    disk_set_error(t->disk, error);
-    run_fails(t, -error, op_flush);
-}
-
-static void check_all(Test *t)
-{
-    disk_set_error(t->disk, 0);
-    disk_release(t->disk);
-    flush_ok(t);
-    assert_all_on_disk(t);
-}
-
-static void fill_cache(Test *t)
-{
-    disk_hold(t->disk);
-    append_ok(t, 60 * 4096 + 1);
-    assert_held(t, 4);
-}
-
-#define assert_stat(t, field, op, value)                                \
-    do {                                                                \
-        BlockStatsWriteBehind *stats_ = wb_get_stats((t)->wb);          \
-        g_assert_cmpuint(stats_->field, op, value);                     \
-        qapi_free_BlockStatsWriteBehind(stats_);                        \
-    } while (0)
 
 /* ---- What goes to the child ---- */
 
 /* A filter makes room for a request that goes to the child */
 FIXTURE_TEST(write_out, LARGE(4 * MiB), .no_pad = true)
 {
-    TestOp *op;
-
     for (int i = 0; i < 4; i++) {
         write_ok(t, i * 64 * KiB, 1000);
     }
@@ -660,20 +33,19 @@ FIXTURE_TEST(write_out, LARGE(4 * MiB), .no_pad = true)
 
     /* What was written before goes first; what was written later can wait */
     disk_hold(t->disk);
-    op = start(t, op_write_out, .offset = 64 * KiB + 999, .bytes = 1);
-    assert_waits(op);
-    disk_release(t->disk);
-    finish(op, 0);
-    g_assert_cmpint(wb_gap(t->wb, 64 * KiB, 64 * KiB), ==, 64 * KiB);
-    g_assert_false(wb_continues(t->wb, 64 * KiB + 1000));
+    start(t, op_write_out, .offset = 64 * KiB + 999, .bytes = 1);
+    assert_waits(t->op);
+    let_go(t, 0);
+    assert_gap(t, 64 * KiB, 64 * KiB, 64 * KiB);
+    g_assert_false(continues(t, 64 * KiB + 1000));
     assert_on_disk(t, 0, 65 * KiB);
 
     /* Streams elsewhere go on */
-    g_assert_true(wb_continues(t->wb, 1000));
-    g_assert_true(wb_continues(t->wb, 192 * KiB + 1000));
+    g_assert_true(continues(t, 1000));
+    g_assert_true(continues(t, 192 * KiB + 1000));
 
     run_ok(t, op_write_out, .offset = 0, .bytes = INT64_MAX);
-    g_assert_cmpint(wb_gap(t->wb, 0, INT64_MAX), ==, INT64_MAX);
+    assert_gap(t, 0, INT64_MAX, INT64_MAX);
     g_assert_false(wb_is_dirty(t->wb));
     assert_all_on_disk(t);
 }
@@ -692,8 +64,6 @@ FIXTURE_TEST(write_out_error, LARGE(4 * MiB), .no_pad = true)
 
 FIXTURE_TEST(overwrite, LARGE(4 * MiB), .no_pad = true)
 {
-    TestOp *flush;
-
     run_fails(t, -EAGAIN, op_co_write, .offset = 0, .bytes = 1);
     write_ok(t, 0, 1000);
     run_ok(t, op_co_write, .offset = 100, .bytes = 900, .gen = 2);
@@ -704,14 +74,11 @@ FIXTURE_TEST(overwrite, LARGE(4 * MiB), .no_pad = true)
     /* What is on the child already is written again */
     run_ok(t, op_co_write, .offset = 500, .bytes = 10, .gen = 3);
     g_assert_true(wb_is_dirty(t->wb));
-    disk_hold(t->disk);
-    flush = start(t, op_flush);
-    assert_held(t, 1);
+    hold_flush(t, 1);
 
     /* What is in flight must stay as it is */
     run_fails(t, -EAGAIN, op_co_write, .offset = 500, .bytes = 10, .gen = 4);
-    disk_release(t->disk);
-    finish(flush, 0);
+    let_go(t, 0);
     assert_writes(t, { 0, 1000 }, { 500, 500 });
     assert_stat(t, accepted_bytes, ==, 1910);
 }
@@ -735,15 +102,14 @@ FIXTURE_TEST(append, SMALL(2), .align = 512)
     /* Writers learn of an error, though there would be room */
     fail_flush(t, EIO);
     run_fails(t, -EIO, op_co_write, .offset = 2000, .bytes = 1);
-    disk_set_error(t->disk, 0);
-    flush_ok(t);
+    recover(t);
 
     /* No more than what is in the first cluster, and no more streams unasked */
     run_fails(t, -EAGAIN, op_co_write, .offset = 2000, .bytes = 5000);
-    g_assert_cmpint(wb_gap(t->wb, 4096, 4096), ==, 4096);
+    assert_gap(t, 4096, 4096, 4096);
     run_fails(t, -EAGAIN, op_co_write, .offset = 4096, .bytes = 1);
     run_ok(t, op_co_write, .offset = 4096, .bytes = 1, .nb_clusters = 1);
-    g_assert_true(wb_continues(t->wb, 4097));
+    g_assert_true(continues(t, 4097));
     run_fails(t, -EAGAIN, op_co_write, .offset = 4098, .bytes = 1,
               .nb_clusters = 1);
 }
@@ -763,12 +129,11 @@ FIXTURE_TEST(large_requests, LARGE(4 * MiB), .align = 4096)
                   { 3 * MiB, MiB }, { 4 * MiB, MiB });
 
     /* No one will continue the stream, so its end can be padded */
-    g_assert_true(wb_continues(t->wb, total));
+    g_assert_true(continues(t, total));
     wb_end_streams(t->wb);
-    g_assert_false(wb_continues(t->wb, total));
+    g_assert_false(continues(t, total));
     disk_reset_counts(t->disk);
-    flush_ok(t);
-    assert_writes(t, { 5 * MiB, 16 * KiB });
+    flush_writes(t, { 5 * MiB, 16 * KiB });
     g_assert_cmpuint(t->disk->nb.reads, ==, 0);
     assert_stat(t, cached_bytes, ==, 0);
 }
@@ -789,7 +154,7 @@ FIXTURE_CASES(request_size,
         append_ok(t, 32 * KiB);
     }
     flush_ok(t);
-    g_assert_cmpuint(t->disk->nb.writes, ==, n);
+    assert_nb_writes(t, n);
     /* If they were larger, the block layer split them */
     assert_stat(t, issued_requests, ==, n);
     g_assert_cmpuint(t->disk->nb.reads, ==, 0);
@@ -799,14 +164,12 @@ FIXTURE_CASES(request_size,
 FIXTURE_TEST(limits_change, LARGE(4 * MiB), .align = 512)
 {
     append_ok(t, 1000);
-    flush_ok(t);
-    assert_writes(t, { 0, 1024 });
+    flush_writes(t, { 0, 1024 });
 
     disk_set_limits(t->disk_bs, 4096, 128 * KiB);
     append_ok(t, 300000);
-    flush_ok(t);
-    assert_writes(t, { 0, 128 * KiB }, { 128 * KiB, 128 * KiB },
-                  { 256 * KiB, 40 * KiB });
+    flush_writes(t, { 0, 128 * KiB }, { 128 * KiB, 128 * KiB },
+                 { 256 * KiB, 40 * KiB });
     assert_stat(t, issued_requests, ==, 4);
 
     disk_set_limits(t->disk_bs, 512, 0);
@@ -820,8 +183,7 @@ FIXTURE_TEST(limits_change, LARGE(4 * MiB), .align = 512)
 FIXTURE_TEST(full_request, LARGE(8 * MiB), .align = 512)
 {
     append_ok(t, 1000);
-    flush_ok(t);
-    assert_writes(t, { 0, 1024 });
+    flush_writes(t, { 0, 1024 });
     append_ok(t, MiB - 1001);
     assert_no_writes(t);
     append_ok(t, 1);
@@ -840,7 +202,7 @@ FIXTURE_TEST(large_alignment, .cluster_size = 512, .cache_size = 64 * KiB,
         append_ok(t, 100);
     }
     g_assert_cmpuint(t->disk->nb.reads, ==, 0);
-    g_assert_cmpuint(t->disk->nb.writes, ==, 8);
+    assert_nb_writes(t, 8);
 }
 
 /* Where padding is not allowed, the neighbouring bytes stay what they are */
@@ -849,8 +211,7 @@ FIXTURE_TEST(no_pad, LARGE(MiB), .no_pad = true, .align = 4096)
     fill_disk(t);
     write_ok(t, 10000, 100000);
     wb_end_streams(t->wb);
-    flush_ok(t);
-    assert_writes(t, { 8192, 102400 });
+    flush_writes(t, { 8192, 102400 });
 }
 
 /* ---- Flush ---- */
@@ -858,33 +219,28 @@ FIXTURE_TEST(no_pad, LARGE(MiB), .no_pad = true, .align = 4096)
 FIXTURE_TEST(flush, LARGE(MiB), .align = 512)
 {
     /* Nothing to do */
-    flush_ok(t);
-    assert_no_writes(t);
+    flush_writes_nothing(t);
 
     /* Two streams, both unfinished, and one cluster that is finished */
     write_ok(t, 0, 1000);
     write_ok(t, MiB, 64 * KiB + 10);
     assert_no_writes(t);
-    flush_ok(t);
-    assert_writes(t, { 0, 1024 }, { MiB, 64 * KiB + 512 });
+    flush_writes(t, { 0, 1024 }, { MiB, 64 * KiB + 512 });
     assert_all_on_disk(t);
 
     /* Nothing new */
-    flush_ok(t);
-    assert_no_writes(t);
+    flush_writes_nothing(t);
 
     /* Only the new part, which starts in the block that was written last */
-    g_assert_true(wb_continues(t->wb, 1000));
+    g_assert_true(continues(t, 1000));
     write_ok(t, 1000, 3000);
-    flush_ok(t);
-    assert_writes(t, { 512, 3584 });
+    flush_writes(t, { 512, 3584 });
     assert_all_on_disk(t);
 
     /* Both flushed streams can go on to the end of their clusters */
     write_ok(t, 4000, 64 * KiB - 4000);
     write_ok(t, MiB + 64 * KiB + 10, 10);
-    flush_ok(t);
-    assert_writes(t, { 3584, 64 * KiB - 3584 }, { MiB + 64 * KiB, 512 });
+    flush_writes(t, { 3584, 64 * KiB - 3584 }, { MiB + 64 * KiB, 512 });
 }
 
 /* The functions that can be called from the main loop do the same */
@@ -935,14 +291,11 @@ FIXTURE_TEST(flush_in_flight, LARGE(512 * KiB))
 /* A flush writes the stream as it was; what came later is for the next one */
 FIXTURE_TEST(flush_growing, LARGE(MiB), .align = 512)
 {
-    TestOp *flush;
-
     append_ok(t, 1024);
     disk_hold(t->disk);
-    flush = start(t, op_flush);
+    start(t, op_flush);
     append_ok(t, 1024);
-    disk_release(t->disk);
-    finish(flush, 0);
+    let_go(t, 0);
     assert_on_disk(t, 0, 1024);
     assert_writes(t, { 0, 1024 });
 
@@ -955,24 +308,18 @@ FIXTURE_TEST(flush_growing, LARGE(MiB), .align = 512)
 /* The same while it has to wait for other requests */
 FIXTURE_TEST(flush_growing_later, LARGE(MiB), .max_streams = 8, .align = 512)
 {
-    TestOp *flush;
-
     for (int i = 0; i < 5; i++) {
         write_ok(t, i * MiB, 1024);
     }
-    disk_hold(t->disk);
-    flush = start(t, op_flush);
-    assert_held(t, 4);
+    hold_flush(t, 4);
     write_ok(t, 4 * MiB + 1024, 1024);
-    disk_release(t->disk);
-    finish(flush, 0);
+    let_go(t, 0);
     settle();
     assert_writes(t, { 0, 1024 }, { MiB, 1024 }, { 2 * MiB, 1024 },
                   { 3 * MiB, 1024 }, { 4 * MiB, 1024 });
     assert_stat(t, partial_flushes, ==, 5);
 
-    flush_ok(t);
-    assert_writes(t, { 4 * MiB + 1024, 1024 });
+    flush_writes(t, { 4 * MiB + 1024, 1024 });
 }
 
 typedef struct Streaming {
@@ -1038,13 +385,8 @@ FIXTURE_CASES(bound,
     int64_t offset = 0;
 
     disk_hold(t->disk);
-    for (unsigned i = 0; i < ARRAY_SIZE(ops); i++) {
-        ops[i] = (TestOp) {
-            .t = t, .fn = op_append, .gen = i,
-            .bytes = 1 + (i * 377) % (config->cache_size / 2),
-        };
-    }
-    ops_start(ops, ARRAY_SIZE(ops));
+    start_ops(ops, op_append,
+              .bytes = 1 + (i * 377) % (config->cache_size / 2));
 
     while (!ops_done(ops, ARRAY_SIZE(ops))) {
         settle();
@@ -1076,12 +418,7 @@ FIXTURE_TEST(bound_clusters, SMALL(4), .max_streams = 100)
     unsigned n, nb_released;
 
     disk_hold(t->disk);
-    for (unsigned i = 0; i < ARRAY_SIZE(ops); i++) {
-        ops[i] = (TestOp) {
-            .t = t, .fn = op_write, .offset = i * 8192, .bytes = 1, .gen = i,
-        };
-    }
-    ops_start(ops, ARRAY_SIZE(ops));
+    start_ops(ops, op_write, .offset = i * 8192, .bytes = 1);
 
     /* Each write to the disk makes room for one more */
     for (nb_released = 0; ; nb_released++) {
@@ -1133,18 +470,18 @@ FIXTURE_TEST(streams_end, SMALL(3))
     write_ok(t, 0, 100);
     write_ok(t, MiB, 100);
     write_ok(t, 2 * MiB, 4096);
-    g_assert_true(wb_continues(t->wb, 100));
-    g_assert_true(wb_continues(t->wb, MiB + 100));
+    g_assert_true(continues(t, 100));
+    g_assert_true(continues(t, MiB + 100));
 
     /* There is a finished cluster that can go */
     write_ok(t, 2 * MiB + 4096, 4096);
-    g_assert_true(wb_continues(t->wb, 100));
-    g_assert_true(wb_continues(t->wb, MiB + 100));
+    g_assert_true(continues(t, 100));
+    g_assert_true(continues(t, MiB + 100));
 
     /* Both that are finished can, but one stream must */
     reserve_ok(t, 2);
-    g_assert_false(wb_continues(t->wb, 100));
-    g_assert_true(wb_continues(t->wb, MiB + 100));
+    g_assert_false(continues(t, 100));
+    g_assert_true(continues(t, MiB + 100));
     unreserve(t, 2);
     assert_on_disk(t, 0, MiB);
 }
@@ -1152,30 +489,28 @@ FIXTURE_TEST(streams_end, SMALL(3))
 /* While a reservation is outstanding, what it counts on stays */
 FIXTURE_TEST(streams_stay, SMALL(2))
 {
-    TestOp *waiter;
-
     write_ok(t, 0, 100);
     reserve_ok(t, 1);
-    waiter = start(t, op_reserve, .nb_clusters = 1);
+    start(t, op_reserve, .nb_clusters = 1);
     wb_end_streams(t->wb);
     flush_ok(t);
-    assert_waits(waiter);
-    g_assert_true(wb_continues(t->wb, 100));
+    assert_waits(t->op);
+    g_assert_true(continues(t, 100));
 
     /* That needs no new cluster, so there is room for the other */
-    run_ok(t, op_accept, .nb_clusters = 1, .offset = 100, .bytes = 100);
-    finish(waiter, 0);
-    g_assert_true(wb_continues(t->wb, 200));
+    accept_ok(t, 1, 100, 100);
+    finish(t->op, 0);
+    g_assert_true(continues(t, 200));
     unreserve(t, 1);
 
     /* Where it does need one, the waiter gets that of the stream */
     reserve_ok(t, 1);
-    waiter = start(t, op_reserve, .nb_clusters = 1);
-    assert_waits(waiter);
-    run_ok(t, op_accept, .nb_clusters = 1, .offset = MiB, .bytes = 100);
-    finish(waiter, 0);
-    g_assert_false(wb_continues(t->wb, 200));
-    g_assert_true(wb_continues(t->wb, MiB + 100));
+    start(t, op_reserve, .nb_clusters = 1);
+    assert_waits(t->op);
+    accept_ok(t, 1, MiB, 100);
+    finish(t->op, 0);
+    g_assert_false(continues(t, 200));
+    g_assert_true(continues(t, MiB + 100));
 
     /* A write that is refused uses its reservation up as well */
     run_fails(t, -EBUSY, op_accept, .nb_clusters = 1, .offset = MiB + 200,
@@ -1248,7 +583,7 @@ FIXTURE_TEST(error_shared, LARGE(4 * MiB))
     settle();
     disk_set_fault(t->disk, (DiskFault) { 0 });
     /* One of the two failed; nobody tries again by himself */
-    g_assert_cmpuint(t->disk->nb.writes, ==, 2);
+    assert_nb_writes(t, 2);
     assert_stat(t, errors, ==, 1);
     read_all(t);
 
@@ -1256,7 +591,7 @@ FIXTURE_TEST(error_shared, LARGE(4 * MiB))
         disk_set_error(t->disk, errors[i]);
         start_all_held(t, ops, ARRAY_SIZE(ops), 1);
         ops_finish(ops, ARRAY_SIZE(ops), -errors[i]);
-        g_assert_cmpuint(t->disk->nb.writes, ==, 3 + i);
+        assert_nb_writes(t, 3 + i);
         assert_stat(t, errors, ==, 2 + i);
         g_assert_cmpint(t->alloc, ==, accepted);
         read_all(t);
@@ -1338,8 +673,7 @@ FIXTURE_TEST(error_fails_fast, LARGE(MiB), .max_streams = 8)
     ops_finish(flush, 2, 0);
     assert_all_on_disk(t);
     forget_writes(t);
-    flush_ok(t);
-    assert_no_writes(t);
+    flush_writes_nothing(t);
 
     /* The streams survived */
     for (int i = 0; i < 7; i++) {
@@ -1355,13 +689,7 @@ FIXTURE_TEST(error_full, SMALL(4))
 
     disk_set_error(t->disk, ENOSPC);
     disk_hold(t->disk);
-    for (unsigned i = 0; i < ARRAY_SIZE(ops); i++) {
-        ops[i] = (TestOp) {
-            .t = t, .fn = op_write, .offset = i * 4096, .bytes = 4096,
-            .gen = i,
-        };
-    }
-    ops_start(ops, ARRAY_SIZE(ops));
+    start_ops(ops, op_write, .offset = i * 4096, .bytes = 4096);
     settle();
     disk_release(t->disk);
     settle();
@@ -1385,30 +713,20 @@ FIXTURE_TEST(error_full, SMALL(4))
             finish(op_start(&ops[i]), 0);
         }
     }
-    flush_ok(t);
-    for (unsigned i = 0; i < ARRAY_SIZE(ops); i++) {
-        uint8_t buf[4096];
-
-        fill(buf, ops[i].offset, sizeof(buf), ops[i].gen);
-        assert_bytes(t->disk->data + ops[i].offset, buf, ops[i].offset,
-                     sizeof(buf), "disk");
-    }
 }
 
 /* A reservation made before the error can be used after it */
 FIXTURE_TEST(error_reserved, SMALL(16))
 {
-    TestOp *waiter;
-
     reserve_ok(t, 1);
     reserve_ok(t, 2);
-    waiter = start(t, op_reserve, .nb_clusters = 16);
-    assert_waits(waiter);
+    start(t, op_reserve, .nb_clusters = 16);
+    assert_waits(t->op);
 
-    run_ok(t, op_accept, .nb_clusters = 1, .offset = MiB, .bytes = 100);
+    accept_ok(t, 1, MiB, 100);
     fail_flush(t, EIO);
-    finish(waiter, -EIO);
-    run_ok(t, op_accept, .nb_clusters = 2, .offset = 2 * MiB, .bytes = 5000);
+    finish(t->op, -EIO);
+    accept_ok(t, 2, 2 * MiB, 5000);
     read_all(t);
 
     disk_set_error(t->disk, 0);
@@ -1428,12 +746,7 @@ FIXTURE_CASES(drain, { SMALL(16) }, { SMALL(16), .param = true })
 
     t->disk->max_hops = 3;
     disk_hold(t->disk);
-    for (unsigned i = 0; i < ARRAY_SIZE(ops); i++) {
-        ops[i] = (TestOp) {
-            .t = t, .fn = op_append, .bytes = 5 * 4096, .gen = i,
-        };
-    }
-    ops_start(ops, ARRAY_SIZE(ops));
+    start_ops(ops, op_append, .bytes = 5 * 4096);
     assert_waits(&ops[ARRAY_SIZE(ops) - 1]);
     g_assert_cmpuint(t->disk->nb_held, >, 0);
 
@@ -1453,7 +766,7 @@ FIXTURE_CASES(drain, { SMALL(16) }, { SMALL(16), .param = true })
     n = t->disk->nb.writes;
     append_ok(t, 8 * 4096);
     settle();
-    g_assert_cmpuint(t->disk->nb.writes, ==, n);
+    assert_nb_writes(t, n);
 
     if (all) {
         bdrv_drain_all_end();
@@ -1478,14 +791,14 @@ FIXTURE_CASES(drain_rest, { BUSY }, { BUSY, .param = true })
         t->bs->drv = NULL;
     }
     drain_held(t);
-    g_assert_cmpuint(t->disk->nb.writes, ==, 4);
+    assert_nb_writes(t, 4);
     bdrv_drained_end(t->bs);
     t->bs->drv = &bdrv_node;
 
     if (!config->param) {
         append_ok(t, 1);
         settle();
-        g_assert_cmpuint(t->disk->nb.writes, ==, 60);
+        assert_nb_writes(t, 60);
     }
 }
 
@@ -1581,8 +894,7 @@ FIXTURE_TEST(drain_error, SMALL(16))
     assert_stat(t, cached_bytes, ==, 15 * 4096 + 1);
 
     fail_flush(t, EIO);
-    disk_set_error(t->disk, 0);
-    flush_ok(t);
+    recover(t);
     assert_all_on_disk(t);
     bdrv_drained_end(t->bs);
 }
@@ -1600,8 +912,7 @@ FIXTURE_TEST(discard, SMALL(256))
     /* Never written: not at all, not even by a flush */
     write_ok(t, 1000, 20000);
     discard_ok(t, 0, 24 * KiB);
-    flush_ok(t);
-    assert_no_writes(t);
+    flush_writes_nothing(t);
     assert_stat(t, cached_bytes, ==, 0);
     read_ok(t, 0, 64 * KiB);
 
@@ -1610,22 +921,18 @@ FIXTURE_TEST(discard, SMALL(256))
     wb_discard(t->bs, t->wb, 4095, 2);
     memset(t->shadow, 0, 2 * 4096);
     read_ok(t, 0, 64 * KiB);
-    flush_ok(t);
-    assert_writes(t, { 2 * 4096, 2 * 4096 });
+    flush_writes(t, { 2 * 4096, 2 * 4096 });
     assert_all_on_disk(t);
 
     /* A stream that was flushed and is open */
     write_ok(t, MiB, 1000);
-    flush_ok(t);
-    assert_writes(t, { MiB, 1000 });
+    flush_writes(t, { MiB, 1000 });
     discard_ok(t, MiB, 4096);
-    g_assert_false(wb_continues(t->wb, MiB + 1000));
+    g_assert_false(continues(t, MiB + 1000));
     read_ok(t, MiB, 4096);
-    flush_ok(t);
-    assert_no_writes(t);
+    flush_writes_nothing(t);
     write_ok(t, MiB + 10, 10);
-    flush_ok(t);
-    assert_writes(t, { MiB + 10, 10 });
+    flush_writes(t, { MiB + 10, 10 });
 }
 
 /* The space can be used by others as soon as a discard returns */
@@ -1652,8 +959,7 @@ FIXTURE_TEST(discard_in_flight, SMALL(8))
     disk_release(t->disk);
     finish(discard, 0);
     finish(flush, 0);
-    flush_ok(t);
-    assert_writes(t, { 0, 4 * 4096 });
+    flush_writes(t, { 0, 4 * 4096 });
 }
 
 /* The same for a stream that is being flushed, and that goes on meanwhile */
@@ -1668,7 +974,7 @@ FIXTURE_TEST(discard_stream_in_flight, SMALL(8))
     append_ok(t, 100);
     discard = start(t, op_discard, .bytes = 4096);
     assert_waits(discard);
-    g_assert_false(wb_continues(t->wb, 200));
+    g_assert_false(continues(t, 200));
     run_fails(t, -EBUSY, op_write, .offset = 0, .bytes = 1);
 
     disk_release(t->disk);
@@ -1676,15 +982,12 @@ FIXTURE_TEST(discard_stream_in_flight, SMALL(8))
     finish(flush, 0);
     write_ok(t, 0, 50);
     read_ok(t, 0, 4096);
-    flush_ok(t);
-    assert_writes(t, { 0, 100 }, { 0, 50 });
+    flush_writes(t, { 0, 100 }, { 0, 50 });
 }
 
 /* What was discarded is not tried again, and its error is gone with it */
 FIXTURE_TEST(discard_failed, SMALL(4))
 {
-    TestOp *discard;
-
     /* Failed before */
     disk_set_error(t->disk, EIO);
     append_ok(t, 2 * 4096);
@@ -1694,26 +997,23 @@ FIXTURE_TEST(discard_failed, SMALL(4))
     flush_ok(t);
     append_ok(t, 1);
     assert_no_writes(t);
-    disk_set_error(t->disk, 0);
-    flush_ok(t);
+    recover(t);
     assert_writes(t, { 2 * 4096, 1 });
 
     /* Fails afterwards */
     disk_set_error(t->disk, EIO);
     disk_hold(t->disk);
     write_ok(t, MiB, 2 * 4096);
-    discard = start(t, op_discard, .offset = MiB, .bytes = 2 * 4096);
-    assert_waits(discard);
-    disk_release(t->disk);
-    finish(discard, 0);
+    start(t, op_discard, .offset = MiB, .bytes = 2 * 4096);
+    assert_waits(t->op);
+    let_go(t, 0);
     assert_writes(t, { MiB, 2 * 4096 });
     flush_ok(t);
     write_ok(t, MiB, 100);
     assert_no_writes(t);
 
     /* Of a full cache: there is room again for who comes next */
-    disk_set_error(t->disk, 0);
-    flush_ok(t);
+    recover(t);
     discard_ok(t, 0, DISK_SIZE);
     disk_set_error(t->disk, EIO);
     write_ok(t, 0, 4 * 4096);
@@ -1726,14 +1026,12 @@ FIXTURE_TEST(discard_failed, SMALL(4))
 /* A discard in a full cache lets those go on who wait for room */
 FIXTURE_TEST(discard_makes_room, SMALL(4))
 {
-    TestOp *waiter;
-
     reserve_ok(t, 3);
     write_ok(t, 0, 10);
-    waiter = start(t, op_write, .offset = MiB, .bytes = 10);
-    assert_waits(waiter);
+    start(t, op_write, .offset = MiB, .bytes = 10);
+    assert_waits(t->op);
     discard_ok(t, 0, 4096);
-    finish(waiter, 0);
+    finish(t->op, 0);
     unreserve(t, 3);
     assert_no_writes(t);
 }
@@ -1765,8 +1063,6 @@ static void read_everywhere(Test *t)
 /* Cached bytes from the cache, the others from the disk, at any boundary */
 FIXTURE_TEST(read, SMALL(256), .no_pad = true, .align = 512)
 {
-    TestOp *flush;
-
     fill_disk(t);
     write_ok(t, 1000, 8000);    /* across clusters */
     write_ok(t, 16384, 100);    /* the start of one */
@@ -1785,12 +1081,11 @@ FIXTURE_TEST(read, SMALL(256), .no_pad = true, .align = 512)
     /* What is in flight; without blocks, or reads would have to wait for it */
     disk_set_limits(t->disk_bs, 1, 0);
     disk_hold(t->disk);
-    flush = start(t, op_flush);
+    start(t, op_flush);
     settle();
     g_assert_cmpuint(t->disk->nb_held, >, 0);
     read_everywhere(t);
-    disk_release(t->disk);
-    finish(flush, 0);
+    let_go(t, 0);
     read_everywhere(t);
 }
 
@@ -1812,19 +1107,19 @@ FIXTURE_TEST(read_padding, SMALL(256), .align = 512)
 FIXTURE_TEST(gap, SMALL(256))
 {
     write_ok(t, 1000, 8000);
-    g_assert_cmpint(wb_gap(t->wb, 0, 1000), ==, 1000);
-    g_assert_cmpint(wb_gap(t->wb, 0, 1001), ==, 1000);
-    g_assert_cmpint(wb_gap(t->wb, 0, DISK_SIZE), ==, 1000);
-    g_assert_cmpint(wb_gap(t->wb, 5000, 1), ==, 0);
-    g_assert_cmpint(wb_gap(t->wb, 8999, 1), ==, 0);
-    g_assert_cmpint(wb_gap(t->wb, 9000, DISK_SIZE), ==, DISK_SIZE);
+    assert_gap(t, 0, 1000, 1000);
+    assert_gap(t, 0, 1001, 1000);
+    assert_gap(t, 0, DISK_SIZE, 1000);
+    assert_gap(t, 5000, 1, 0);
+    assert_gap(t, 8999, 1, 0);
+    assert_gap(t, 9000, DISK_SIZE, DISK_SIZE);
 
     /* The stream's last cluster is open and stays */
     flush_ok(t);
-    g_assert_cmpint(wb_gap(t->wb, 0, 8192), ==, 8192);
-    g_assert_cmpint(wb_gap(t->wb, 8191, 2), ==, 1);
+    assert_gap(t, 0, 8192, 8192);
+    assert_gap(t, 8191, 2, 1);
     wb_end_streams(t->wb);
-    g_assert_cmpint(wb_gap(t->wb, 0, DISK_SIZE), ==, DISK_SIZE);
+    assert_gap(t, 0, DISK_SIZE, DISK_SIZE);
 }
 
 /* ---- The child ---- */
@@ -1848,9 +1143,8 @@ FIXTURE_TEST(child, SMALL(4), .align = 512)
     t->disk = t->disk_bs->opaque;
     test_attach(t);
     write_ok(t, MiB, 4 * 4096);
-    flush_ok(t);
-    assert_writes(t, { 0, 4096 }, { MiB, 2 * 4096 },
-                  { MiB + 2 * 4096, 2 * 4096 });
+    flush_writes(t, { 0, 4096 }, { MiB, 2 * 4096 },
+                 { MiB + 2 * 4096, 2 * 4096 });
 }
 
 /* ---- Statistics ---- */
@@ -2058,8 +1352,7 @@ FIXTURE_TEST(age_error, AGE)
     assert_stat(t, errors, ==, 1);
     assert_no_writes_later(t);
     fail_flush(t, EIO);
-    disk_set_error(t->disk, 0);
-    flush_ok(t);
+    recover(t);
     forget_writes(t);
 
     append_ok(t, 1000);
@@ -2097,12 +1390,12 @@ FIXTURE_TEST(settle_stop, BUSY)
     }
     settle();
     g_assert_true(op_done(op));
-    g_assert_cmpuint(t->disk->nb.writes, ==, 4);
+    assert_nb_writes(t, 4);
 
     /* It would hang if anything was in flight */
     append_ok(t, 4096);
     settle();
-    g_assert_cmpuint(t->disk->nb.writes, ==, 4);
+    assert_nb_writes(t, 4);
     change_graph_elsewhere();
 
     flush = start(t, op_flush);
@@ -2116,10 +1409,8 @@ FIXTURE_TEST(settle_stop, BUSY)
 /* It is not for ever: what is left is written after a while */
 FIXTURE_TEST(settle_stop_ends, BUSY, .max_age_ms = 1)
 {
-    TestOp *op = start(t, op_settle, .gen = BDRV_SETTLE_STOP);
-
-    disk_release(t->disk);
-    finish(op, 0);
+    start(t, op_settle, .gen = BDRV_SETTLE_STOP);
+    let_go(t, 0);
     wait_for_writes(t, 61);
     assert_all_on_disk(t);
     assert_stat(t, unwritten_bytes, ==, 0);
@@ -2128,14 +1419,13 @@ FIXTURE_TEST(settle_stop_ends, BUSY, .max_age_ms = 1)
 /* One at a time, but at once */
 FIXTURE_TEST(settle_idle, BUSY)
 {
-    TestOp *op = start(t, op_settle, .gen = BDRV_SETTLE_IDLE);
-
+    start(t, op_settle, .gen = BDRV_SETTLE_IDLE);
     for (int i = 0; i < 4; i++) {
-        g_assert_false(op_done(op));
+        g_assert_false(op_done(t->op));
         disk_release_one(t->disk);
         settle();
     }
-    g_assert_true(op_done(op));
+    g_assert_true(op_done(t->op));
     g_assert_cmpuint(t->disk->nb_in_flight, ==, 0);
     pass_time();
     g_assert_cmpuint(t->disk->nb_in_flight, ==, 1);
@@ -2173,14 +1463,13 @@ FIXTURE_TEST(settle_write, BUSY)
 /* While requests are in flight, it sleeps */
 FIXTURE_TEST(settle_write_waits, BUSY)
 {
-    TestOp *op = start(t, op_settle, .gen = BDRV_SETTLE_WRITE);
-
-    assert_waits(op);
+    start(t, op_settle, .gen = BDRV_SETTLE_WRITE);
+    assert_waits(t->op);
     g_assert_cmpuint(t->disk->nb_held, ==, 4);
     disk_release_one(t->disk);
     settle();
-    g_assert_true(op_done(op));
-    finish(op, 1);
+    g_assert_true(op_done(t->op));
+    finish(t->op, 1);
 }
 
 /* A node above one that has a cache, and one whose image is corrupt */
@@ -2189,7 +1478,6 @@ FIXTURE_TEST(settle_graph, BUSY)
     BlockDriverState *bs = t->bs;
     BlockBackend *blk;
     QDict *opts = qdict_new();
-    TestOp *op;
 
     disk_release(t->disk);
     flush_ok(t);
@@ -2199,10 +1487,9 @@ FIXTURE_TEST(settle_graph, BUSY)
     blk = blk_new_with_bs(t->bs, BLK_PERM_WRITE, BLK_PERM_ALL, &error_abort);
     disk_hold(t->disk);
     append_ok(t, 60 * 4096);
-    op = start(t, op_settle, .gen = BDRV_SETTLE_STOP);
-    assert_waits(op);
-    disk_release(t->disk);
-    finish(op, 0);
+    start(t, op_settle, .gen = BDRV_SETTLE_STOP);
+    assert_waits(t->op);
+    let_go(t, 0);
     bs->drv = NULL;
     run_ok(t, op_settle, .gen = BDRV_SETTLE_STOP);
     bs->drv = &bdrv_node;
@@ -2230,7 +1517,7 @@ FIXTURE_TEST(start_write_out, LARGE(4 * MiB))
     disk_release(t->disk);
     settle();
     g_assert_cmpuint(nb_written_out, ==, 2);
-    g_assert_cmpuint(t->disk->nb.writes, ==, 3);
+    assert_nb_writes(t, 3);
     assert_all_on_disk(t);
 
     /* In a drained section it has to wait */
@@ -2238,7 +1525,7 @@ FIXTURE_TEST(start_write_out, LARGE(4 * MiB))
     bdrv_drained_begin(t->bs);
     wb_start_write_out(t->wb);
     pass_time();
-    g_assert_cmpuint(t->disk->nb.writes, ==, 3);
+    assert_nb_writes(t, 3);
     bdrv_drained_end(t->bs);
     for (int i = 0; i < 30000 && nb_written_out == 2; i++) {
         pass_time();
@@ -2313,23 +1600,20 @@ FIXTURE_TEST(close_error, SMALL(4))
 /* An image that failed as corrupt is not written any more, and nobody hangs */
 FIXTURE_TEST(abandon, SMALL(16), .max_transfer = 4096)
 {
-    TestOp *flush;
-
     disk_hold(t->disk);
     append_ok(t, 8 * 4096);
-    flush = start(t, op_flush);
+    start(t, op_flush);
     settle();
     wb_abandon(t->wb);
-    disk_release(t->disk);
-    finish(flush, -ECANCELED);
-    g_assert_cmpuint(t->disk->nb.writes, ==, 4);
+    let_go(t, -ECANCELED);
+    assert_nb_writes(t, 4);
     read_ok(t, 0, 16 * 4096);
     run_fails(t, -ECANCELED, op_flush);
     run_fails(t, -ECANCELED, op_settle, .gen = BDRV_SETTLE_WRITE);
     run_fails(t, -ECANCELED, op_reserve, .nb_clusters = 13);
     reserve_ok(t, 12);
     unreserve(t, 12);
-    g_assert_cmpuint(t->disk->nb.writes, ==, 4);
+    assert_nb_writes(t, 4);
     t->unchecked = true;
 }
 
@@ -2343,12 +1627,7 @@ FIXTURE_TEST(graph_change, SMALL(4), .align = 512)
 
     t->disk->max_hops = 5;
     disk_hold(t->disk);
-    for (unsigned i = 0; i < ARRAY_SIZE(ops); i++) {
-        ops[i] = (TestOp) {
-            .t = t, .fn = op_append, .bytes = 4000, .gen = i,
-        };
-    }
-    ops_start(ops, ARRAY_SIZE(ops));
+    start_ops(ops, op_append, .bytes = 4000);
     flush = start(t, op_flush);
     assert_waits(flush);
     g_assert_cmpuint(t->disk->nb_held, >, 0);
@@ -2409,68 +1688,188 @@ FIXTURE_TEST(graph_worker, SMALL(4))
     iothread_join(iothread);
 }
 
-/*
- * Fill a range from its start to its end, and check it on the way.  Nobody else
- * uses the range.
- */
-static int coroutine_fn op_fill(TestOp *op)
+/* ---- All of it at random ---- */
+
+#define RANDOM_USERS 8
+
+typedef struct RandomUser {
+    TestOp op; /* its range is that of the user, and @nb_clusters its steps */
+    GRand *rand;
+    int64_t granularity; /* what can be discarded without harm to others */
+    int64_t pos;
+    unsigned nb_writes;
+    unsigned nb_errors;
+    unsigned nb_flushes;
+} RandomUser;
+
+/* A range of up to three units of granularity, from somewhere at @pos */
+static void random_range(RandomUser *u, int64_t pos, TestOp *sub)
 {
-    Test *t = op->t;
-    int64_t cluster_size = t->config->cluster_size;
-    g_autoptr(GRand) rand = g_rand_new_with_seed(op->gen);
-    int64_t end = op->offset + op->bytes;
-    int64_t pos = op->offset;
-    TestOp sub = { .t = t };
-    int ret = 0;
+    int64_t end = u->op.offset + u->op.bytes;
 
-    while (pos < end && ret == 0) {
-        sub.gen = op->gen;
-        sub.offset = pos;
-        sub.bytes = MIN(end - pos, g_rand_int_range(rand, 1, 2 * cluster_size));
-        ret = op_write(&sub);
-        if (ret == -EBUSY) {
-            /* The stream was ended */
-            pos = ROUND_UP(pos + 1, cluster_size);
-            ret = 0;
-            continue;
-        } else if (ret < 0) {
-            break;
-        }
-        pos += sub.bytes;
+    sub->offset = ROUND_DOWN(pos, u->granularity);
+    sub->bytes = MIN(end - sub->offset,
+                     u->granularity * g_rand_int_range(u->rand, 1, 4));
+}
 
-        switch (g_rand_int_range(rand, 0, 16)) {
-        case 0:
-            ret = op_blk_flush(op);
-            assert_on_disk(t, op->offset, op->bytes);
-            break;
-        case 1:
-        case 2:
-        case 3:
-            sub.offset = g_rand_int_range(rand, op->offset, pos);
-            sub.bytes = pos - sub.offset;
-            sub.gen = 5000; /* size of the pieces */
-            ret = op_read(&sub);
-            break;
-        case 4:
-            sub.offset = ROUND_DOWN(g_rand_int_range(rand, op->offset, pos),
-                                    cluster_size);
-            sub.bytes = cluster_size;
-            ret = op_discard(&sub);
-            break;
-        }
+static int coroutine_fn random_write(RandomUser *u, TestOp *sub)
+{
+    const TestConfig *c = u->op.t->config;
+    int64_t end = u->op.offset + u->op.bytes;
+    int64_t max = MIN(3 * c->cluster_size, c->cache_size / 2);
+    int ret;
+
+    if (u->pos == end) {
+        /* Begin anew */
+        sub->offset = u->pos = u->op.offset;
+        sub->bytes = u->op.bytes;
+        return op_discard(sub);
+    }
+    sub->offset = u->pos;
+    sub->bytes = MIN(g_rand_int_range(u->rand, 1, max + 1), end - u->pos);
+    sub->gen = g_rand_int(u->rand);
+    ret = op_write(sub);
+    if (ret == 0) {
+        u->pos += sub->bytes;
+        u->nb_writes++;
+    } else if (ret == -EBUSY) {
+        /* The stream was ended */
+        u->pos = MIN(ROUND_UP(u->pos + 1, u->granularity), end);
+        ret = 0;
     }
     return ret;
 }
 
-static void move_node(Test *t, IOThread **iothreads, int i)
+static int coroutine_fn random_step(RandomUser *u)
 {
-    AioContext *ctx = i % 3 ? iothread_get_aio_context(iothreads[i % 3 - 1]) :
-                      qemu_get_aio_context();
+    TestOp *op = &u->op;
+    TestOp sub = { .t = op->t };
+    int64_t end = op->offset + op->bytes;
+    int64_t somewhere = g_rand_int_range(u->rand, op->offset, end);
+    int ret;
 
-    blk_set_aio_context(t->blk, ctx, &error_abort);
+    switch (g_rand_int_range(u->rand, 0, 20)) {
+    default:
+        return random_write(u, &sub);
+    case 0 ... 4:
+        sub.offset = somewhere;
+        sub.bytes = g_rand_int_range(u->rand, 1, end - somewhere + 1);
+        sub.gen = g_rand_int_range(u->rand, 0, 2) ? 0 :
+                  g_rand_int_range(u->rand, 300, 5000);
+        return op_read(&sub);
+    case 5:
+        ret = op_blk_flush(&sub);
+        if (ret == 0) {
+            assert_on_disk(op->t, op->offset, op->bytes);
+            u->nb_flushes++;
+        }
+        return ret;
+    case 6:
+        random_range(u, somewhere, &sub);
+        return op_discard(&sub);
+    case 7:
+        /* Go on somewhere else; a cluster's rest may be overwritten there */
+        random_range(u, somewhere, &sub);
+        ret = op_discard(&sub);
+        u->pos = sub.offset + g_rand_int_range(u->rand, 0, sub.bytes);
+        if (sub.offset + sub.bytes < end) {
+            sub.bytes = end - sub.offset;
+            ret = op_discard(&sub);
+        }
+        return ret;
+    case 8:
+        wb_end_streams(op->t->wb);
+        return 0;
+    }
 }
 
-static void change_graph(Test *t, IOThread **iothreads, int i)
+static int coroutine_fn op_random(TestOp *op)
+{
+    RandomUser *u = container_of(op, RandomUser, op);
+    int ret;
+
+    while (op->nb_clusters--) {
+        ret = random_step(u);
+        if (ret < 0) {
+            /* The disk is the only source of errors */
+            g_assert_cmpint(ret, ==, -EIO);
+            u->nb_errors++;
+            co_hop();
+        }
+    }
+    return 0;
+}
+
+static bool random_done(RandomUser *users)
+{
+    for (int i = 0; i < RANDOM_USERS; i++) {
+        if (!op_done(&users[i].op)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* What happens beside the users, again and again */
+typedef void RandomEvent(Test *t, GRand *rand, IOThread **iothreads);
+
+/*
+ * Users with ranges of their own do @steps each, in two iothreads and the main
+ * loop, or without iothreads only there.  Returns: how many requests failed.
+ */
+static unsigned run_random(Test *t, unsigned steps, IOThread **iothreads,
+                           RandomEvent *event)
+{
+    g_autoptr(GRand) rand = g_rand_new_with_seed(g_test_rand_int());
+    RandomUser users[RANDOM_USERS];
+    unsigned nb_writes = 0, nb_errors = 0, nb_flushes = 0;
+
+    g_rand_set_seed(t->disk->rand, g_rand_int(rand));
+    for (int i = 0; i < RANDOM_USERS; i++) {
+        users[i] = (RandomUser) {
+            .op = {
+                .t = t, .fn = op_random, .offset = i * 512 * KiB,
+                .bytes = 256 * KiB, .nb_clusters = steps,
+            },
+            .rand = g_rand_new_with_seed(g_rand_int(rand)),
+            .granularity = MAX(4096, t->config->cluster_size),
+            .pos = i * 512 * KiB,
+        };
+        op_start_in(&users[i].op, !iothreads || i == RANDOM_USERS - 1 ?
+                    qemu_get_aio_context() :
+                    iothread_get_aio_context(iothreads[i % 2]));
+    }
+    while (!random_done(users)) {
+        aio_poll(qemu_get_aio_context(), false);
+        if (event) {
+            event(t, rand, iothreads);
+        }
+    }
+
+    t->disk->percent_bad = 0;
+    for (int i = 0; i < RANDOM_USERS; i++) {
+        nb_writes += users[i].nb_writes;
+        nb_errors += users[i].nb_errors;
+        nb_flushes += users[i].nb_flushes;
+        g_rand_free(users[i].rand);
+    }
+    g_test_message("%u writes, %u errors, %u flushes", nb_writes, nb_errors,
+                   nb_flushes);
+    assert_stat(t, max_cached_bytes, <=, t->config->cache_size);
+    g_assert_cmpuint(nb_writes, >, RANDOM_USERS * steps / 10);
+    g_assert_cmpuint(nb_flushes, >, 0);
+    return nb_errors;
+}
+
+static void move_node(Test *t, GRand *rand, IOThread **iothreads)
+{
+    int i = g_rand_int_range(rand, 0, 3);
+
+    blk_set_aio_context(t->blk, i ? iothread_get_aio_context(iothreads[i - 1]) :
+                        qemu_get_aio_context(), &error_abort);
+}
+
+static void change_graph(Test *t, GRand *rand, IOThread **iothreads)
 {
     BlockDriverState *parent_bs, *child_bs;
     BdrvChild *child;
@@ -2489,194 +1888,45 @@ static void change_graph(Test *t, IOThread **iothreads, int i)
     bdrv_unref(parent_bs);
 }
 
-static void fill_in_threads(Test *t, void (*interfere)(Test *t,
-                                                       IOThread **iothreads,
-                                                       int i))
+/*
+ * Requests from several threads at a time; while the node's home changes; and
+ * with writers of the graph, which wait for requests to end
+ */
+#define IOTHREADS(streams, event) \
+    { SMALL(12), .align = 512, .max_streams = streams, .param = event }
+
+FIXTURE_CASES(iothreads,
+              IOTHREADS(8, 0), IOTHREADS(8, 1), IOTHREADS(8, 2),
+              IOTHREADS(2, 0), IOTHREADS(2, 1), IOTHREADS(2, 2))
 {
+    static RandomEvent *const events[] = { NULL, move_node, change_graph };
     IOThread *iothreads[2] = { iothread_new(), iothread_new() };
-    TestOp ops[8];
-    unsigned i;
 
     t->disk->max_hops = 3;
-    for (i = 0; i < ARRAY_SIZE(ops); i++) {
-        ops[i] = (TestOp) {
-            .t = t, .fn = op_fill, .offset = i * MiB, .bytes = 512 * KiB,
-            .gen = i,
-        };
-        op_start_in(&ops[i], i == 7 ? qemu_get_aio_context() :
-                    iothread_get_aio_context(iothreads[i % 2]));
-    }
-    for (i = 0; !ops_done(ops, ARRAY_SIZE(ops)); i++) {
-        if (interfere) {
-            interfere(t, iothreads, i);
-        }
-        aio_poll(qemu_get_aio_context(), false);
-    }
-    g_test_message("%u rounds", i);
-    g_assert_cmpuint(i, >, 0);
-    ops_finish(ops, ARRAY_SIZE(ops), 0);
-
+    g_assert_cmpuint(run_random(t, 200, iothreads, events[config->param]), ==,
+                     0);
     blk_set_aio_context(t->blk, qemu_get_aio_context(), &error_abort);
-    assert_stat(t, max_cached_bytes, <=, t->config->cache_size);
     assert_stat(t, errors, ==, 0);
     iothread_join(iothreads[0]);
     iothread_join(iothreads[1]);
 }
 
-#define IOTHREADS(streams) { SMALL(12), .align = 512, .max_streams = streams }
-
-/* Requests from several threads at a time */
-FIXTURE_CASES(iothreads, IOTHREADS(8), IOTHREADS(2))
-{
-    fill_in_threads(t, NULL);
-}
-
-/* The node's home changes while there are requests */
-FIXTURE_CASES(iothreads_move, IOTHREADS(8), IOTHREADS(2))
-{
-    fill_in_threads(t, move_node);
-}
-
-/* There are always writers of the graph that wait for the requests to end */
-FIXTURE_CASES(iothreads_graph, IOTHREADS(8), IOTHREADS(2))
-{
-    fill_in_threads(t, change_graph);
-}
-
-/* ---- All of it at random ---- */
-
-typedef struct RandomTest {
-    Test *t;
-    GRand *rand;
-    int64_t granularity; /* what can be discarded without harm to others */
-    unsigned nb_writes;
-    unsigned nb_refused;
-    unsigned nb_errors;
-    unsigned nb_flushes;
-} RandomTest;
-
-typedef struct RandomUser {
-    TestOp op; /* its range is that of the user, and @nb_clusters its steps */
-    RandomTest *r;
-    int64_t pos;
-} RandomUser;
-
-/* A range of up to three units of granularity, from somewhere at @pos */
-static void random_range(RandomUser *u, int64_t pos, TestOp *sub)
-{
-    int64_t end = u->op.offset + u->op.bytes;
-
-    sub->offset = ROUND_DOWN(pos, u->r->granularity);
-    sub->bytes = MIN(end - sub->offset, u->r->granularity *
-                     g_rand_int_range(u->r->rand, 1, 4));
-}
-
-static int coroutine_fn random_write(RandomUser *u, TestOp *sub)
-{
-    RandomTest *r = u->r;
-    const TestConfig *c = r->t->config;
-    int64_t end = u->op.offset + u->op.bytes;
-    int64_t max = MIN(3 * c->cluster_size, c->cache_size / 2);
-    int ret;
-
-    if (u->pos == end) {
-        /* Begin anew */
-        sub->offset = u->pos = u->op.offset;
-        sub->bytes = u->op.bytes;
-        return op_discard(sub);
-    }
-    sub->offset = u->pos;
-    sub->bytes = MIN(g_rand_int_range(r->rand, 1, max + 1), end - u->pos);
-    sub->gen = g_rand_int(r->rand);
-    ret = op_write(sub);
-    if (ret == 0) {
-        u->pos += sub->bytes;
-        r->nb_writes++;
-    } else if (ret == -EBUSY) {
-        u->pos = MIN(ROUND_UP(u->pos + 1, r->granularity), end);
-        r->nb_refused++;
-        ret = 0;
-    }
-    return ret;
-}
-
-static int coroutine_fn random_step(RandomUser *u)
-{
-    RandomTest *r = u->r;
-    TestOp *op = &u->op;
-    TestOp sub = { .t = r->t };
-    int64_t end = op->offset + op->bytes;
-    int64_t somewhere = g_rand_int_range(r->rand, op->offset, end);
-    int ret;
-
-    switch (g_rand_int_range(r->rand, 0, 20)) {
-    default:
-        return random_write(u, &sub);
-    case 0 ... 4:
-        sub.offset = somewhere;
-        sub.bytes = g_rand_int_range(r->rand, 1, end - somewhere + 1);
-        sub.gen = g_rand_int_range(r->rand, 0, 2) ? 0 :
-                  g_rand_int_range(r->rand, 300, 5000);
-        return op_read(&sub);
-    case 5:
-        ret = op_blk_flush(&sub);
-        if (ret == 0) {
-            assert_on_disk(r->t, op->offset, op->bytes);
-            r->nb_flushes++;
-        }
-        return ret;
-    case 6:
-        random_range(u, somewhere, &sub);
-        return op_discard(&sub);
-    case 7:
-        /* Go on somewhere else; a cluster's rest may be overwritten there */
-        random_range(u, somewhere, &sub);
-        ret = op_discard(&sub);
-        u->pos = sub.offset + g_rand_int_range(r->rand, 0, sub.bytes);
-        if (sub.offset + sub.bytes < end) {
-            sub.bytes = end - sub.offset;
-            ret = op_discard(&sub);
-        }
-        return ret;
-    case 8:
-        wb_end_streams(r->t->wb);
-        return 0;
-    }
-}
-
-static int coroutine_fn op_random(TestOp *op)
-{
-    RandomUser *u = container_of(op, RandomUser, op);
-    int ret;
-
-    while (op->nb_clusters--) {
-        ret = random_step(u);
-        if (ret < 0) {
-            /* The disk is the only source of errors */
-            g_assert_cmpint(ret, ==, -EIO);
-            u->r->nb_errors++;
-            co_hop();
-        }
-    }
-    return 0;
-}
-
 /* What the users of the node see little of */
-static void random_event(RandomTest *r)
+static void random_event(Test *t, GRand *rand, IOThread **iothreads)
 {
-    Test *t = r->t;
+    int64_t max_align = MAX(4096, t->config->cluster_size);
     int ret;
 
-    switch (g_rand_int_range(r->rand, 0, 5)) {
+    switch (g_rand_int_range(rand, 0, 100)) {
     case 0:
         t->disk->percent_bad = t->disk->percent_bad ? 0 : 30;
         break;
     case 1:
         bdrv_drained_begin(t->bs);
         g_assert_cmpuint(t->disk->nb_in_flight, ==, 0);
-        disk_set_limits(t->disk_bs, MIN(1 << g_rand_int_range(r->rand, 0, 13),
-                                        r->granularity),
-                        g_rand_int_range(r->rand, 0, 2) * 20 * KiB);
+        disk_set_limits(t->disk_bs,
+                        MIN(1 << g_rand_int_range(rand, 0, 13), max_align),
+                        g_rand_int_range(rand, 0, 2) * 20 * KiB);
         bdrv_drained_end(t->bs);
         break;
     case 2:
@@ -2692,9 +1942,6 @@ static void random_event(RandomTest *r)
     }
 }
 
-#define RANDOM_USERS 8
-#define RANDOM_STEPS 1000
-
 FIXTURE_CASES(random,
          { SMALL(2), .align = 512 },
          { SMALL(16), .align = 4096, .max_streams = 8 },
@@ -2703,47 +1950,8 @@ FIXTURE_CASES(random,
          { .cluster_size = 16 * KiB, .cache_size = 512 * KiB, .align = 512,
            .max_streams = 3, .no_pad = true })
 {
-    unsigned seed = g_test_rand_int();
-    RandomTest r = {
-        .t = t,
-        .rand = g_rand_new_with_seed(seed),
-        .granularity = MAX(4096, t->config->cluster_size),
-    };
-    RandomUser users[RANDOM_USERS];
-    bool done;
-
     t->disk->max_hops = 5;
-    g_rand_set_seed(t->disk->rand, seed);
-    for (int i = 0; i < RANDOM_USERS; i++) {
-        users[i] = (RandomUser) {
-            .op = {
-                .t = t, .fn = op_random, .offset = i * 512 * KiB,
-                .bytes = 256 * KiB, .nb_clusters = RANDOM_STEPS,
-            },
-            .r = &r,
-            .pos = i * 512 * KiB,
-        };
-        op_start(&users[i].op);
-    }
-    do {
-        aio_poll(qemu_get_aio_context(), false);
-        if (g_rand_int_range(r.rand, 0, 20) == 0) {
-            random_event(&r);
-        }
-        done = true;
-        for (int i = 0; i < RANDOM_USERS; i++) {
-            done &= op_done(&users[i].op);
-        }
-    } while (!done);
-
-    t->disk->percent_bad = 0;
-    assert_stat(t, max_cached_bytes, <=, t->config->cache_size);
-    g_test_message("%u writes, %u refused, %u errors, %u flushes",
-                   r.nb_writes, r.nb_refused, r.nb_errors, r.nb_flushes);
-    g_assert_cmpuint(r.nb_writes, >, RANDOM_USERS * RANDOM_STEPS / 10);
-    g_assert_cmpuint(r.nb_errors, >, 0);
-    g_assert_cmpuint(r.nb_flushes, >, 0);
-    g_rand_free(r.rand);
+    g_assert_cmpuint(run_random(t, 1000, NULL, random_event), >, 0);
 }
 
 int main(int argc, char **argv)
