@@ -202,6 +202,9 @@ void disk_set_limits(BlockDriverState *bs, uint32_t align,
 /* What main() begins with */
 void disk_test_init(int *argc, char ***argv);
 
+/* How many requests of a kind the disk of a test got, see Disk.nb */
+#define assert_nb(t, kind, n) g_assert_cmpuint((t)->disk->nb.kind, ==, n)
+
 /* Compare memory, and say where it differs */
 void assert_bytes(const uint8_t *found, const uint8_t *expected,
                   int64_t offset, int64_t bytes, const char *what);

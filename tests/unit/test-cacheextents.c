@@ -260,6 +260,25 @@ static unsigned map(Test *t)
     return t->disk->nb_queries - before;
 }
 
+static void expect_status(Test *t, int64_t offset, int ret)
+{
+    g_assert_cmpint(status(t, offset), ==, ret);
+}
+
+/* All queries so far, and those that the status of everything takes */
+static void expect_queries(Test *t, unsigned nb)
+{
+    g_assert_cmpuint(t->disk->nb_queries, ==, nb);
+}
+
+static void expect_map(Test *t, unsigned nb)
+{
+    g_assert_cmpuint(map(t), ==, nb);
+}
+
+#define expect_stat(t, field, value) \
+    g_assert_cmpuint(test_stats(t).field, ==, value)
+
 /* Wait until @nb requests are held by the disk */
 static void wait_held(Test *t, unsigned nb)
 {
@@ -295,7 +314,7 @@ static void let_go(Test *t, Op *op, int ret)
 /* A query is for what is not known, and for nothing else */
 static void check_asked(Test *t, unsigned nb, int64_t offset, int64_t bytes)
 {
-    g_assert_cmpuint(t->disk->nb_queries, ==, nb);
+    expect_queries(t, nb);
     g_assert_cmpint(t->disk->asked_offset, ==, offset);
     g_assert_cmpint(t->disk->asked_bytes, ==, bytes);
 }
@@ -330,9 +349,9 @@ static void test_steps(Test *t, gconstpointer opaque)
             g_assert_cmpint(op_finish(op_start(t, s->type, s->offset, s->bytes),
                                       NULL), ==, s->ret);
         }
-        g_assert_cmpuint(t->disk->nb_queries, ==, before + s->queries);
+        expect_queries(t, before + s->queries);
         if (s->extents) {
-            g_assert_cmpuint(test_stats(t).extents, ==, MAX(s->extents, 0));
+            expect_stat(t, extents, MAX(s->extents, 0));
         }
     }
 }
@@ -344,20 +363,20 @@ static const Config striped = { .disk = { STRIPED } };
 
 static void test_statistics(Test *t, gconstpointer opaque)
 {
-    g_assert_cmpuint(map(t), ==, 1);
-    g_assert_cmpuint(map(t), ==, 0);
+    expect_map(t, 1);
+    expect_map(t, 0);
     g_assert_cmpint(op_finish(op_start(t, OP_IS_ALLOCATED, 0, BLOCK), NULL),
                     ==, 1);
     g_assert_cmpint(op_finish(op_start(t, OP_IS_ZERO, BLOCK, BLOCK), NULL),
                     ==, 1);
     g_assert_cmpint(op_finish(op_start(t, OP_IS_ZERO, 0, BLOCK), NULL), ==, 0);
-    g_assert_cmpuint(t->disk->nb_queries, ==, 1);
-    g_assert_cmpuint(test_stats(t).extents, ==, 64);
-    g_assert_cmpuint(test_stats(t).queries, ==, 1);
-    g_assert_cmpuint(test_stats(t).misses, ==, 1);
-    g_assert_cmpuint(test_stats(t).hits, ==, 64 + 63 + 3);
+    expect_queries(t, 1);
+    expect_stat(t, extents, 64);
+    expect_stat(t, queries, 1);
+    expect_stat(t, misses, 1);
+    expect_stat(t, hits, 64 + 63 + 3);
     change_ok(t, OP_WRITE, BLOCK - 512, 1024);
-    g_assert_cmpuint(test_stats(t).invalidations, ==, 2);
+    expect_stat(t, invalidations, 2);
 }
 
 /*
@@ -378,14 +397,14 @@ static void test_change_forgets_its_blocks(Test *t, gconstpointer opaque)
         int flags = status(t, pos);
 
         change_ok(t, types[i], pos + 100, 600);
-        g_assert_cmpuint(test_stats(t).extents, ==, extents + 1);
-        g_assert_cmpint(status(t, pos - 512), ==, flags);
-        g_assert_cmpint(status(t, pos + unit), ==, flags);
-        g_assert_cmpuint(t->disk->nb_queries, ==, before);
+        expect_stat(t, extents, extents + 1);
+        expect_status(t, pos - 512, flags);
+        expect_status(t, pos + unit, flags);
+        expect_queries(t, before);
         map(t);
         check_asked(t, before + 1, pos, unit);
         g_assert_cmpuint(t->disk->nb_answered, ==, answered + 1);
-        g_assert_cmpuint(map(t), ==, 0);
+        expect_map(t, 0);
     }
 }
 
@@ -394,26 +413,26 @@ static void test_disk_in_use(Test *t, gconstpointer opaque)
 {
     int64_t max_extents = ((const Config *)opaque)->max_extents;
 
-    g_assert_cmpuint(map(t), ==, max_extents ? 6 : 1);
+    expect_map(t, max_extents ? 6 : 1);
     g_assert_cmpuint(t->disk->nb_answered, ==, 512);
     for (int i = 0; i < 60; i++) {
         int64_t offset = (i * 37 % 60) * 4096;
         unsigned answered = t->disk->nb_answered;
 
         change_ok(t, OP_WRITE, offset, 1024);
-        g_assert_cmpint(status(t, offset), ==, DATA);
+        expect_status(t, offset, DATA);
         g_assert_cmpuint(t->disk->nb_answered, ==, answered + 1);
     }
     if (!max_extents) {
         /* What has become the same is one extent */
-        g_assert_cmpuint(test_stats(t).extents, ==, 512 - 2 * 60);
+        expect_stat(t, extents, 512 - 2 * 60);
     }
 }
 
 /* Extents end at blocks, also when these are larger all of a sudden */
 static void test_block_size(Test *t, gconstpointer opaque)
 {
-    g_assert_cmpuint(map(t), ==, 43);
+    expect_map(t, 43);
     t->disk->disk.config.align = 4096;
     t->disk->config.reach = 8192;
     bdrv_drained_begin(t->bs);
@@ -422,23 +441,23 @@ static void test_block_size(Test *t, gconstpointer opaque)
     bdrv_refresh_limits(t->bs, NULL, &error_abort);
     bdrv_graph_rdunlock_main_loop();
     bdrv_drained_end(t->bs);
-    g_assert_cmpuint(map(t), ==, 8);
+    expect_map(t, 8);
 }
 
 /* When the large query fails, the child gets a small one */
 static void test_failed_query(Test *t, gconstpointer opaque)
 {
     t->disk->query_error = -EIO;
-    g_assert_cmpint(status(t, 0), ==, -EIO);
-    g_assert_cmpuint(t->disk->nb_queries, ==, 2);
-    g_assert_cmpuint(test_stats(t).queries, ==, 2);
+    expect_status(t, 0, -EIO);
+    expect_queries(t, 2);
+    expect_stat(t, queries, 2);
     t->disk->query_error = -ENOTSUP;
-    g_assert_cmpint(status(t, 0), ==, -ENOTSUP);
-    g_assert_cmpuint(test_stats(t).queries, ==, 2);
-    g_assert_cmpuint(test_stats(t).extents, ==, 0);
+    expect_status(t, 0, -ENOTSUP);
+    expect_stat(t, queries, 2);
+    expect_stat(t, extents, 0);
     /* Both have failed, so that this was no refusal */
     t->disk->query_error = 0;
-    g_assert_cmpuint(map(t), ==, 1);
+    expect_map(t, 1);
 }
 
 /* What was refused may have been nothing but a passing error */
@@ -452,10 +471,10 @@ static void test_refused_query_once(Test *t, gconstpointer opaque)
     before = t->disk->nb_queries;
     while (t->disk->nb_many == 1) {
         change_ok(t, OP_WRITE, 0, 512);
-        g_assert_cmpint(status(t, 0), ==, DATA);
+        expect_status(t, 0, DATA);
     }
-    g_assert_cmpuint(t->disk->nb_queries, ==, before + 1001);
-    g_assert_cmpuint(map(t), ==, 0);
+    expect_queries(t, before + 1001);
+    expect_map(t, 0);
 }
 
 /* ---- Several requests at a time ---- */
@@ -490,11 +509,11 @@ static void test_query_and_change(Test *t, gconstpointer opaque)
     if (!all) {
         status(t, 0);
         status(t, 17 * BLOCK);
-        g_assert_cmpuint(t->disk->nb_queries, ==, before);
+        expect_queries(t, before);
     }
-    g_assert_cmpuint(map(t), ==, 1);
+    expect_map(t, 1);
     /* (The contents of what was discarded are not known) */
-    g_assert_cmpuint(map(t), ==, c->type == OP_DISCARD ? 1 : 0);
+    expect_map(t, c->type == OP_DISCARD ? 1 : 0);
     g_assert_cmpuint(test_stats(t).extents, >=, all ? 20 : 60);
 }
 
@@ -506,11 +525,11 @@ static void test_change_in_flight(Test *t, gconstpointer opaque)
     map(t);
     change = hold_op(t, OP_WRITE, 20 * BLOCK, BLOCK, HOLD_AFTER);
     for (int i = 0; i < 2; i++) {
-        g_assert_cmpint(status(t, 20 * BLOCK + 4096), ==, DATA);
+        expect_status(t, 20 * BLOCK + 4096, DATA);
         check_asked(t, 2 + i, 20 * BLOCK + 4096, BLOCK - 4096);
     }
     let_go(t, change, 0);
-    g_assert_cmpuint(map(t), ==, 1);
+    expect_map(t, 1);
 }
 
 /* Those who ask while somebody else does wait for that answer */
@@ -525,7 +544,7 @@ static void test_shared_query(Test *t, gconstpointer opaque)
     for (int i = 0; i < 10; i++) {
         let_go(t, ops[i], i % 2 ? ZERO : DATA);
     }
-    g_assert_cmpuint(t->disk->nb_queries, ==, 1);
+    expect_queries(t, 1);
 }
 
 /* and not for one that is about something else */
@@ -553,8 +572,8 @@ static void test_shared_query_and_change(Test *t, gconstpointer opaque)
     check_asked(t, 2, 5 * BLOCK, BLOCK);
     let_go(t, first, DATA);
     let_go(t, second, DATA);
-    g_assert_cmpuint(map(t), ==, 0);
-    g_assert_cmpuint(t->disk->nb_queries, ==, 2);
+    expect_map(t, 0);
+    expect_queries(t, 2);
 }
 
 /* nor one from before the server was another */
@@ -577,8 +596,8 @@ static void test_reconnect_in_query(Test *t, gconstpointer opaque)
     disk_reconnect(t->disk_bs);
     disk_set(t->disk, 0, 64 * BLOCK, DATA);
     let_go(t, query, DATA);
-    g_assert_cmpuint(test_stats(t).extents, ==, 0);
-    g_assert_cmpuint(map(t), ==, 1);
+    expect_stat(t, extents, 0);
+    expect_map(t, 1);
 }
 
 /* Where another query is in flight, or something is known, a query ends */
@@ -594,8 +613,8 @@ static void test_query_ends_at_others(Test *t, gconstpointer opaque)
     for (int i = 0; i < 3; i++) {
         let_go(t, ops[i], DATA);
     }
-    g_assert_cmpuint(map(t), ==, 0);
-    g_assert_cmpuint(test_stats(t).extents, ==, 64);
+    expect_map(t, 0);
+    expect_stat(t, extents, 64);
 }
 
 /* Two wait for an answer that does not reach them: both ask, once */
@@ -609,7 +628,7 @@ static void test_query_takes_over(Test *t, gconstpointer opaque)
     for (int i = 1; i < 3; i++) {
         ops[i] = op_start(t, OP_STATUS, offsets[i], 512);
     }
-    g_assert_cmpuint(t->disk->nb_queries, ==, 2);
+    expect_queries(t, 2);
     disk_set_hold(&t->disk->disk, DISK_STATUS, HOLD_BEFORE);
     disk_wake(&t->disk->disk);
     wait_held(t, 2);
@@ -618,7 +637,7 @@ static void test_query_takes_over(Test *t, gconstpointer opaque)
         let_go(t, ops[i], DATA);
     }
     status(t, 25 * BLOCK);
-    g_assert_cmpuint(t->disk->nb_queries, ==, 4);
+    expect_queries(t, 4);
 }
 
 /* An answer does not replace one that came earlier but is newer */
@@ -629,11 +648,11 @@ static void test_overtaken_by_answer(Test *t, gconstpointer opaque)
     /* Makes the last block data, then is asked for while the other one waits */
     change_ok(t, OP_TRUNCATE, 12 * BLOCK, 0);
     disk_set_hold(&t->disk->disk, DISK_STATUS, HOLD_NEVER);
-    g_assert_cmpint(status(t, 0), ==, ZERO);
+    expect_status(t, 0, ZERO);
     let_go(t, query, ZERO);
 
-    g_assert_cmpint(status(t, 10 * BLOCK), ==, DATA);
-    g_assert_cmpuint(t->disk->nb_queries, ==, 2);
+    expect_status(t, 10 * BLOCK, DATA);
+    expect_queries(t, 2);
 }
 
 /* A write and a truncation meet: the block layer has another length then */
@@ -648,9 +667,9 @@ static void test_truncate_and_write(Test *t, gconstpointer opaque)
     g_assert_cmpint(t->disk->disk.len, ==, 40 * BLOCK + 512);
 
     disk_set(t->disk, 42 * BLOCK, BLOCK, DATA);
-    g_assert_cmpint(status(t, 40 * BLOCK), ==, ZERO);
+    expect_status(t, 40 * BLOCK, ZERO);
     change_ok(t, OP_TRUNCATE, 64 * BLOCK, 0);
-    g_assert_cmpint(status(t, 40 * BLOCK), ==, DATA);
+    expect_status(t, 40 * BLOCK, DATA);
 }
 
 /* Changes cut what is expected into more parts than there can be extents */
@@ -692,10 +711,10 @@ static void test_replaced_child(Test *t, gconstpointer opaque)
 
     map(t);
     g_assert_cmpint(reopen(t->bs, "file", "other"), ==, 0);
-    g_assert_cmpuint(test_stats(t).extents, ==, 0);
+    expect_stat(t, extents, 0);
     new_child(t, other);
-    g_assert_cmpuint(map(t), ==, 1);
-    g_assert_cmpint(status(t, 0), ==, ZERO);
+    expect_map(t, 1);
+    expect_status(t, 0, ZERO);
 
     /* As a job does it */
     other = extents_disk_new("third", &striped.disk);
@@ -707,14 +726,14 @@ static void test_replaced_child(Test *t, gconstpointer opaque)
     bdrv_drained_end(other);
     bdrv_drained_end(t->disk_bs);
     new_child(t, other);
-    g_assert_cmpint(status(t, 0), ==, DATA);
+    expect_status(t, 0, DATA);
 }
 
 static void test_reopen_max_extents(Test *t, gconstpointer opaque)
 {
     map(t);
     g_assert_cmpint(reopen(t->bs, "max-extents", "10"), ==, 0);
-    g_assert_cmpuint(map(t), ==, 7);
+    expect_map(t, 7);
     g_assert_cmpuint(test_stats(t).extents, <=, 10);
     g_assert_cmpint(reopen(t->bs, "max-extents", "0"), ==, -EINVAL);
     g_assert_cmpuint(test_stats(t).extents, <=, 10);
@@ -734,8 +753,8 @@ static void test_reopen_abort(Test *t, gconstpointer opaque)
     qdict_put_str(opts, "config", "another one");
     queue = bdrv_reopen_queue(queue, other, opts, true);
     g_assert_cmpint(bdrv_reopen_multiple(queue, NULL), <, 0);
-    g_assert_cmpuint(map(t), ==, 0);
-    g_assert_cmpuint(test_stats(t).extents, ==, 64);
+    expect_map(t, 0);
+    expect_stat(t, extents, 64);
     bdrv_unref(other);
 }
 
@@ -749,13 +768,13 @@ static void test_inactive(Test *t, gconstpointer opaque)
     bdrv_drain_all_begin();
     g_assert_cmpint(bdrv_inactivate(t->bs, &error_abort), ==, 0);
     bdrv_drain_all_end();
-    g_assert_cmpuint(test_stats(t).extents, ==, 0);
+    expect_stat(t, extents, 0);
     t->blk = blk_new(qemu_get_aio_context(), 0, BLK_PERM_ALL);
     g_assert_cmpint(blk_insert_bs(t->blk, t->bs, &error_abort), ==, 0);
     /* (The block layer itself remembers data) */
     status(t, BLOCK);
     status(t, BLOCK);
-    g_assert_cmpuint(t->disk->nb_queries, ==, 3);
+    expect_queries(t, 3);
 
     /* Nor is an answer remembered that is under way when this changes */
     query = hold_query(t, BLOCK);
@@ -764,9 +783,9 @@ static void test_inactive(Test *t, gconstpointer opaque)
     bdrv_activate(t->bs, &error_abort);
     bdrv_graph_rdunlock_main_loop();
     let_go(t, query, ZERO);
-    g_assert_cmpuint(test_stats(t).extents, ==, 0);
-    g_assert_cmpint(status(t, 0), ==, ZERO);
-    g_assert_cmpuint(map(t), ==, 0);
+    expect_stat(t, extents, 0);
+    expect_status(t, 0, ZERO);
+    expect_map(t, 0);
 }
 
 /* Its user cannot be activated, so the node becomes inactive again */
@@ -780,7 +799,7 @@ static void test_failed_activation(Test *t, gconstpointer opaque)
     bdrv_drain_all_begin();
     g_assert_cmpint(bdrv_inactivate(t->bs, &error_abort), ==, 0);
     bdrv_drain_all_end();
-    g_assert_cmpuint(test_stats(t).extents, ==, 0);
+    expect_stat(t, extents, 0);
     reader = blk_new(qemu_get_aio_context(), BLK_PERM_CONSISTENT_READ,
                      BLK_PERM_ALL & ~BLK_PERM_WRITE);
     g_assert_cmpint(blk_insert_bs(reader, t->bs, &error_abort), ==, 0);
@@ -792,7 +811,7 @@ static void test_failed_activation(Test *t, gconstpointer opaque)
     g_assert(t->bs->open_flags & BDRV_O_INACTIVE);
 
     status(t, BLOCK);
-    g_assert_cmpuint(test_stats(t).extents, ==, 0);
+    expect_stat(t, extents, 0);
 
     /* Another process writes */
     disk_set(t->disk, 0, 64 * BLOCK, DATA);
@@ -836,7 +855,7 @@ static void test_permissions(Test *t, gconstpointer opaque)
         blk_remove_bs(blk);
         t->blk = blk_new_with_bs(t->bs, BLK_PERM_CONSISTENT_READ, BLK_PERM_ALL,
                                  &error_abort);
-        g_assert_cmpint(status(t, 0), ==, i ? DATA : ZERO);
+        expect_status(t, 0, i ? DATA : ZERO);
         blk_unref(blk);
     }
 }
@@ -864,12 +883,12 @@ static void test_permissions_in_query(Test *t, gconstpointer opaque)
     disk_set(t->disk, 0, 64 * BLOCK, DATA);
     let_go(t, first, DATA);
     op_finish(second, NULL);
-    g_assert_cmpuint(test_stats(t).extents, ==, 0);
+    expect_stat(t, extents, 0);
 
     disk_set(t->disk, 0, 64 * BLOCK, ZERO);
     share_child(t, false);
-    g_assert_cmpuint(map(t), ==, 1);
-    g_assert_cmpint(status(t, 2 * BLOCK), ==, ZERO);
+    expect_map(t, 1);
+    expect_status(t, 2 * BLOCK, ZERO);
 }
 
 /* ---- The tests ---- */

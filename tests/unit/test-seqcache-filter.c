@@ -153,13 +153,13 @@ FIXTURE_TEST(merge, PLAIN(512))
     /* Nobody above needs to complete blocks of the disk */
     g_assert_cmpuint(t->bs->bl.request_alignment, ==, 1);
     stream_ok(t, 100, 190000, 700);
-    g_assert_cmpuint(t->disk->nb.writes, ==, 0);
-    g_assert_cmpuint(t->disk->nb.reads, ==, 0);
+    assert_nb(t, writes, 0);
+    assert_nb(t, reads, 0);
     check_all(t);
-    g_assert_cmpuint(t->disk->nb.writes, ==, 1);
+    assert_nb(t, writes, 1);
     /* Goes on after the flush */
     stream_ok(t, 190100, 5000, 700);
-    g_assert_cmpuint(t->disk->nb.writes, ==, 1);
+    assert_nb(t, writes, 1);
 }
 
 FIXTURE_TEST(direct, PLAIN(512))
@@ -170,7 +170,7 @@ FIXTURE_TEST(direct, PLAIN(512))
     /* Random aligned ones */
     for (i = 0; i < 20; i++) {
         write_ok(t, (i * 37 % 20) * 8192, 4096);
-        g_assert_cmpuint(t->disk->nb.writes, ==, i + 1);
+        assert_nb(t, writes, i + 1);
     }
     /* Large aligned ones, without a copy, also when they follow each other */
     for (i = 0; i < 3; i++) {
@@ -179,14 +179,14 @@ FIXTURE_TEST(direct, PLAIN(512))
         g_assert(t->disk->last_write == w->buf);
         g_assert_cmpint(write_finish(w), ==, 0);
     }
-    g_assert_cmpuint(t->disk->nb.writes, ==, 23);
-    g_assert_cmpuint(t->disk->nb.reads, ==, 0);
+    assert_nb(t, writes, 23);
+    assert_nb(t, reads, 0);
     g_assert_cmpint(seqcache_stats(t).cached_bytes, ==, 0);
 
     /* What starts where one of them has ended is a stream */
     write_ok(t, 4096, 512);
     write_ok(t, 392 * KiB, 512);
-    g_assert_cmpuint(t->disk->nb.writes, ==, 23);
+    assert_nb(t, writes, 23);
     g_assert_cmpint(seqcache_stats(t).cached_bytes, ==, 1024);
 }
 
@@ -236,7 +236,7 @@ FIXTURE_TEST(overwrite, PLAIN(512))
     /* Cached; then flushed and still cached; then across both ends */
     stream_ok(t, 1000, 5000, 100);
     write_ok(t, 1500, 2000);
-    g_assert_cmpuint(t->disk->nb.writes, ==, 0);
+    assert_nb(t, writes, 0);
     check_all(t);
     write_ok(t, 2000, 1000);
     write_ok(t, 512, 512);
@@ -291,9 +291,9 @@ FIXTURE_CASES(overlap,
 
     disk_reset_counts(t->disk);
     write_ok(t, 3584, 1024);
-    g_assert_cmpuint(t->disk->nb.writes, ==, 0);
+    assert_nb(t, writes, 0);
     flush_ok(t);
-    g_assert_cmpuint(t->disk->nb.writes, ==, 1);
+    assert_nb(t, writes, 1);
     read_ok(t, 3072, 1536);
     g_assert(!write_is_done(direct));
 
@@ -421,7 +421,7 @@ FIXTURE_TEST(zero, AROUND)
     g_assert_cmpint(blk_pwrite_zeroes(t->blk, 8 * KiB, 16 * KiB,
                                       BDRV_REQ_MAY_UNMAP), ==, 0);
     memset(t->shadow + 8 * KiB, 0, 16 * KiB);
-    g_assert_cmpuint(t->disk->nb.zeroes, ==, 1);
+    assert_nb(t, zeroes, 1);
     check_all(t);
 
     /* Refused, not replaced by a write, and nothing is lost */
@@ -438,7 +438,7 @@ FIXTURE_TEST(discard, AROUND)
 {
     g_assert_cmpint(compat_blk_pdiscard(t->blk, 8 * KiB, 16 * KiB), ==, 0);
     memset(t->shadow + 8 * KiB, 0, 16 * KiB);
-    g_assert_cmpuint(t->disk->nb.discards, ==, 1);
+    assert_nb(t, discards, 1);
 }
 
 FIXTURE_TEST(compressed, AROUND)
@@ -446,7 +446,7 @@ FIXTURE_TEST(compressed, AROUND)
     memset(t->shadow + 8 * KiB, 0x77, 16 * KiB);
     g_assert_cmpint(blk_pwrite_compressed(t->blk, 8 * KiB, 16 * KiB,
                                           t->shadow + 8 * KiB), ==, 0);
-    g_assert_cmpuint(t->disk->nb.compressed, ==, 1);
+    assert_nb(t, compressed, 1);
 }
 
 typedef struct TestCopy {
@@ -477,7 +477,7 @@ static void copy_ok(Test *t, int64_t src, int64_t dst)
 FIXTURE_TEST(copy_range, AROUND)
 {
     copy_ok(t, 8 * KiB, 100 * KiB);
-    g_assert_cmpuint(t->disk->nb.copies, ==, 1);
+    assert_nb(t, copies, 1);
     check_all(t);
     cache_around(t);
     copy_ok(t, 200 * KiB, 8 * KiB);
@@ -723,7 +723,7 @@ FIXTURE_TEST(drain_rest,
     disk_release_later(t->disk);
     bdrv_drained_begin(t->bs);
     g_assert_cmpuint(t->disk->nb_in_flight, ==, 0);
-    g_assert_cmpuint(t->disk->nb.writes, ==, 4);
+    assert_nb(t, writes, 4);
     bdrv_drained_end(t->bs);
 }
 

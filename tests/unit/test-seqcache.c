@@ -140,6 +140,31 @@ static void expect_clusters(Test *t, unsigned clusters, unsigned finished)
     g_assert_cmpint(stats.nb_finished, ==, finished);
 }
 
+static void expect_gap(Test *t, int64_t offset, int64_t bytes, int64_t gap)
+{
+    g_assert_cmpint(seqcache_gap(t->s, offset, bytes), ==, gap);
+}
+
+static void expect_flushed(Test *t, uint64_t point, bool flushed)
+{
+    g_assert_cmpint(seqcache_is_flushed(t->s, point), ==, flushed);
+}
+
+static void expect_continues(Test *t, int64_t offset, bool continues)
+{
+    g_assert_cmpint(seqcache_continues(t->s, offset), ==, continues);
+}
+
+static void expect_can_write(Test *t, int64_t offset, int64_t bytes, bool can)
+{
+    g_assert_cmpint(seqcache_can_write(t->s, offset, bytes), ==, can);
+}
+
+static void discard(Test *t, int64_t offset, int64_t bytes, bool in_flight)
+{
+    g_assert_cmpint(seqcache_discard(t->s, offset, bytes), ==, in_flight);
+}
+
 FIXTURE_TEST(empty, CACHE(1, false))
 {
     SeqCacheStats stats;
@@ -149,18 +174,18 @@ FIXTURE_TEST(empty, CACHE(1, false))
     seqcache_get_stats(t->s, &stats);
     g_assert_cmpint(stats.bytes_cached, ==, 0);
     g_assert_cmpint(read_buf(t->s, 0, 1, &byte), ==, 0);
-    g_assert_cmpint(seqcache_gap(t->s, 0, INT64_MAX), ==, INT64_MAX);
-    g_assert_cmpint(seqcache_gap(t->s, 0, 0), ==, 0);
-    g_assert_true(seqcache_can_write(t->s, 0, INT64_MAX));
-    g_assert_true(seqcache_can_write(t->s, INT64_MAX, 0));
-    g_assert_false(seqcache_continues(t->s, 0));
+    expect_gap(t, 0, INT64_MAX, INT64_MAX);
+    expect_gap(t, 0, 0, 0);
+    expect_can_write(t, 0, INT64_MAX, true);
+    expect_can_write(t, INT64_MAX, 0, true);
+    expect_continues(t, 0, false);
     g_assert_false(seqcache_finish_oldest(t->s));
-    g_assert_false(seqcache_discard(t->s, 0, 1));
-    g_assert_false(seqcache_discard(t->s, 0, INT64_MAX));
-    g_assert_false(seqcache_discard(t->s, 0, 0));
+    discard(t, 0, 1, false);
+    discard(t, 0, INT64_MAX, false);
+    discard(t, 0, 0, false);
     expect_next(t, 0);
     expect_no_request(t, true);
-    g_assert_true(seqcache_is_flushed(t->s, seqcache_flush_point(t->s)));
+    expect_flushed(t, seqcache_flush_point(t->s), true);
     seqcache_free(NULL);
 }
 
@@ -183,7 +208,7 @@ FIXTURE_TEST(full_cluster_is_finished, CACHE(1, false))
 {
     put(t, 0, CLUSTER);
     expect_clusters(t, 1, 1);
-    g_assert_false(seqcache_continues(t->s, CLUSTER));
+    expect_continues(t, CLUSTER, false);
     put(t, CLUSTER, 100);
     expect_clusters(t, 2, 1);
     expect_read(t, 0, CLUSTER + 100);
@@ -194,7 +219,7 @@ FIXTURE_TEST(full_cluster_is_finished, CACHE(1, false))
 FIXTURE_TEST(filled_by_continuation_is_finished, CACHE(1, false))
 {
     put(t, 10, CLUSTER - 20);
-    g_assert_true(seqcache_continues(t->s, CLUSTER - 10));
+    expect_continues(t, CLUSTER - 10, true);
     put(t, CLUSTER - 10, 10);
     expect_clusters(t, 1, 1);
     put(t, CLUSTER, 1);
@@ -204,25 +229,25 @@ FIXTURE_TEST(filled_by_continuation_is_finished, CACHE(1, false))
 FIXTURE_TEST(only_continuations_are_taken, CACHE(1, false))
 {
     put(t, 100, 100);
-    g_assert_true(seqcache_can_write(t->s, 200, CLUSTER));
-    g_assert_true(seqcache_can_write(t->s, 300, 0));
-    g_assert_false(seqcache_can_write(t->s, 0, 1));
-    g_assert_false(seqcache_can_write(t->s, 100, 1));
-    g_assert_false(seqcache_can_write(t->s, 199, 1));
-    g_assert_false(seqcache_can_write(t->s, 201, 1));
-    g_assert_false(seqcache_continues(t->s, 199));
-    g_assert_false(seqcache_continues(t->s, 201));
+    expect_can_write(t, 200, CLUSTER, true);
+    expect_can_write(t, 300, 0, true);
+    expect_can_write(t, 0, 1, false);
+    expect_can_write(t, 100, 1, false);
+    expect_can_write(t, 199, 1, false);
+    expect_can_write(t, 201, 1, false);
+    expect_continues(t, 199, false);
+    expect_continues(t, 201, false);
 
     /* into a cluster that is cached, from one that is not */
     put(t, 3 * CLUSTER, 1);
-    g_assert_true(seqcache_can_write(t->s, CLUSTER, 2 * CLUSTER));
-    g_assert_false(seqcache_can_write(t->s, CLUSTER, 2 * CLUSTER + 1));
-    g_assert_false(seqcache_can_write(t->s, CLUSTER, INT64_MAX - CLUSTER));
+    expect_can_write(t, CLUSTER, 2 * CLUSTER, true);
+    expect_can_write(t, CLUSTER, 2 * CLUSTER + 1, false);
+    expect_can_write(t, CLUSTER, INT64_MAX - CLUSTER, false);
 
     /* left behind, not full: takes nothing more */
     expect_clusters(t, 2, 1);
-    g_assert_false(seqcache_can_write(t->s, 200, 1));
-    g_assert_false(seqcache_continues(t->s, 200));
+    expect_can_write(t, 200, 1, false);
+    expect_continues(t, 200, false);
 }
 
 FIXTURE_TEST(read_crosses_clusters, CACHE(2, false))
@@ -237,14 +262,12 @@ FIXTURE_TEST(read_crosses_clusters, CACHE(2, false))
     put(t, 5 * CLUSTER - 10, 10);
     put(t, 5 * CLUSTER + 1, 10);
     expect_read(t, 5 * CLUSTER - 10, 10);
-    g_assert_cmpint(seqcache_gap(t->s, 5 * CLUSTER, 100), ==, 1);
-    g_assert_cmpint(seqcache_gap(t->s, 0, 100), ==, 100);
-    g_assert_cmpint(seqcache_gap(t->s, 0, 5000), ==, 1000);
-    g_assert_cmpint(seqcache_gap(t->s, 1000, 5000), ==, 0);
-    g_assert_cmpint(seqcache_gap(t->s, 3 * CLUSTER + 1000, 2 * CLUSTER), ==,
-                    2 * CLUSTER - 1010);
-    g_assert_cmpint(seqcache_gap(t->s, 5 * CLUSTER + 11, INT64_MAX / 2), ==,
-                    INT64_MAX / 2);
+    expect_gap(t, 5 * CLUSTER, 100, 1);
+    expect_gap(t, 0, 100, 100);
+    expect_gap(t, 0, 5000, 1000);
+    expect_gap(t, 1000, 5000, 0);
+    expect_gap(t, 3 * CLUSTER + 1000, 2 * CLUSTER, 2 * CLUSTER - 1010);
+    expect_gap(t, 5 * CLUSTER + 11, INT64_MAX / 2, INT64_MAX / 2);
 }
 
 FIXTURE_TEST(several_streams, CACHE(3, false))
@@ -273,13 +296,13 @@ FIXTURE_TEST(one_more_finishes_the_oldest, CACHE(2, false))
     expect_no_request(t, true);
     put(t, 4 * CLUSTER, 100);
     expect_clusters(t, 3, 1);
-    g_assert_false(seqcache_continues(t->s, 200));
-    g_assert_true(seqcache_continues(t->s, 2 * CLUSTER + 100));
+    expect_continues(t, 200, false);
+    expect_continues(t, 2 * CLUSTER + 100, true);
 
     /* a cluster that is full at once needs no place among the unfinished */
     put(t, 8 * CLUSTER, CLUSTER);
     expect_clusters(t, 4, 2);
-    g_assert_true(seqcache_continues(t->s, 2 * CLUSTER + 100));
+    expect_continues(t, 2 * CLUSTER + 100, true);
     take_and_complete(t, false, 0, 200);
     take_and_complete(t, false, 8 * CLUSTER, CLUSTER);
 
@@ -300,8 +323,8 @@ FIXTURE_TEST(finish_range, CACHE(3, false))
     expect_clusters(t, 3, 0);
     seqcache_finish(t->s, 2 * CLUSTER - 1, 1);
     expect_clusters(t, 3, 1);
-    g_assert_true(seqcache_continues(t->s, 100));
-    g_assert_false(seqcache_continues(t->s, CLUSTER + 100));
+    expect_continues(t, 100, true);
+    expect_continues(t, CLUSTER + 100, false);
     seqcache_finish(t->s, 0, INT64_MAX);
     expect_clusters(t, 3, 3);
 }
@@ -335,15 +358,15 @@ FIXTURE_TEST(overwrite, CACHE(1, false))
     g_assert_true(seqcache_is_clean(t->s));
     g_assert_cmpint(overwrite(t, 2 * ALIGN, 1), ==, 1);
     g_assert_false(seqcache_is_clean(t->s));
-    g_assert_true(seqcache_is_flushed(t->s, point));
+    expect_flushed(t, point, true);
     point = seqcache_flush_point(t->s);
-    g_assert_false(seqcache_is_flushed(t->s, point));
+    expect_flushed(t, point, false);
     req = take(t, true, 2 * ALIGN, ALIGN);
 
     /* Not in flight */
     g_assert_cmpint(overwrite(t, ALIGN, 1), ==, 0);
     seqcache_complete(t->s, req, true);
-    g_assert_true(seqcache_is_flushed(t->s, point));
+    expect_flushed(t, point, true);
 
     /* The start of a run that is about to be handed out */
     put(t, 3 * ALIGN, CLUSTER - 3 * ALIGN);
@@ -399,10 +422,9 @@ FIXTURE_TEST(failed_request_is_handed_out_again, CACHE(1, false))
     t->limits.max_bytes = 2 * CLUSTER;
     put(t, 8 * CLUSTER, 2 * CLUSTER);
     put(t, 0, 6 * CLUSTER);
-    req[0] = take_padded(t, false, 8 * CLUSTER, 2 * CLUSTER, 0);
+    req[0] = take(t, false, 8 * CLUSTER, 2 * CLUSTER);
     for (i = 0; i < 2; i++) {
-        req[i + 1] = take_padded(t, false, 2 * i * CLUSTER,
-                                 2 * CLUSTER, 0);
+        req[i + 1] = take(t, false, 2 * i * CLUSTER, 2 * CLUSTER);
     }
     put(t, 20 * CLUSTER, CLUSTER);
     t->limits = default_limits;
@@ -430,9 +452,9 @@ FIXTURE_TEST(failed_unfinished_run_is_handed_out_again, CACHE(1, false))
     req = take(t, true, 0, 5000);
     put(t, 5000, 100);
     seqcache_complete(t->s, req, false);
-    g_assert_false(seqcache_is_flushed(t->s, point));
+    expect_flushed(t, point, false);
     take_and_complete(t, true, 0, 5000);
-    g_assert_true(seqcache_is_flushed(t->s, point));
+    expect_flushed(t, point, true);
 }
 
 FIXTURE_TEST(unfinished_run_is_written_once, CACHE(1, true))
@@ -445,7 +467,7 @@ FIXTURE_TEST(unfinished_run_is_written_once, CACHE(1, true))
     expect_no_request(t, true);
     seqcache_flush_point(t->s);
     expect_no_request(t, true);
-    g_assert_true(seqcache_continues(t->s, 5100));
+    expect_continues(t, 5100, true);
 
     /* only what is new, from the block on that it begins in */
     put(t, 5100, 5000);
@@ -563,13 +585,11 @@ FIXTURE_TEST(padding_never_leaves_cluster, CACHE(1, true))
 
     /* Parts of the block belong to others when it is larger than a cluster */
     t->limits.align = HIGH_ALIGN;
-    req = take_padded(t, false, 0, CLUSTER - 1, 0);
-    seqcache_complete(t->s, req, true);
+    take_and_complete(t, false, 0, CLUSTER - 1);
 
     put(t, HIGH_ALIGN - CLUSTER, CLUSTER - 1);
     finish_oldest(t);
-    req = take_padded(t, false, HIGH_ALIGN - CLUSTER, CLUSTER - 1, 0);
-    seqcache_complete(t->s, req, true);
+    take_and_complete(t, false, HIGH_ALIGN - CLUSTER, CLUSTER - 1);
 }
 
 FIXTURE_TEST(request_keeps_to_limits, CACHE(1, false))
@@ -581,8 +601,7 @@ FIXTURE_TEST(request_keeps_to_limits, CACHE(1, false))
     put(t, 0, 10 * CLUSTER);
     t->limits.max_bytes = 3 * CLUSTER + CLUSTER / 2;
     expect_next(t, 3 * CLUSTER);
-    req = take_padded(t, false, 0, 3 * CLUSTER, 0);
-    seqcache_complete(t->s, req, true);
+    take_and_complete(t, false, 0, 3 * CLUSTER);
 
     t->limits = default_limits;
     t->limits.max_iov = 1;
@@ -596,8 +615,7 @@ FIXTURE_TEST(request_keeps_to_limits, CACHE(1, false))
     t->limits.max_bytes = 1;
     for (i = 3; i < 10; i++) {
         expect_next(t, CLUSTER);
-        req = take_padded(t, false, i * CLUSTER, CLUSTER, 0);
-        seqcache_complete(t->s, req, true);
+        take_and_complete(t, false, i * CLUSTER, CLUSTER);
     }
     expect_clusters(t, 0, 0);
 }
@@ -607,7 +625,7 @@ FIXTURE_TEST(padding_counts_for_limits, CACHE(1, true))
     put(t, 0, CLUSTER + 10);
     finish_oldest(t);
     t->limits.max_bytes = CLUSTER + ALIGN - 1;
-    seqcache_complete(t->s, take_padded(t, false, 0, CLUSTER, 0), false);
+    seqcache_complete(t->s, take(t, false, 0, CLUSTER), false);
     t->limits.max_bytes = CLUSTER + ALIGN;
     seqcache_complete(t->s, take_padded(t, false, 0, CLUSTER + 10,
                                      ALIGN - 10), true);
@@ -642,7 +660,7 @@ FIXTURE_TEST(unaligned_end_waits_without_hurry, CACHE_512(1))
 
     /* more is to come anyway if the limit is the reason, hurry or not */
     t->limits.max_bytes = 9 * 512;
-    seqcache_complete(t->s, take_padded(t, true, 4096, 4096, 0), true);
+    seqcache_complete(t->s, take(t, true, 4096, 4096), true);
     take_and_complete(t, true, 8192, 4 * 512);
     expect_clusters(t, 0, 0);
 }
@@ -699,25 +717,25 @@ FIXTURE_TEST(next_flush_bytes_follows_changes, CACHE(2, false))
 FIXTURE_TEST(discard_drops, CACHE(2, false))
 {
     put(t, 0, 3 * CLUSTER + 100);
-    g_assert_false(seqcache_discard(t->s, CLUSTER + 5000, 1));
+    discard(t, CLUSTER + 5000, 1, false);
     expect_read(t, 0, CLUSTER);
     expect_read(t, CLUSTER, 0);
     expect_read(t, 2 * CLUSTER, CLUSTER + 100);
-    g_assert_cmpint(seqcache_gap(t->s, CLUSTER, 3 * CLUSTER), ==, CLUSTER);
-    g_assert_true(seqcache_can_write(t->s, CLUSTER, CLUSTER));
+    expect_gap(t, CLUSTER, 3 * CLUSTER, CLUSTER);
+    expect_can_write(t, CLUSTER, CLUSTER, true);
 
-    g_assert_false(seqcache_discard(t->s, 3 * CLUSTER, 1));
+    discard(t, 3 * CLUSTER, 1, false);
     expect_clusters(t, 2, 2);
     take_and_complete(t, false, 0, CLUSTER);
     take_and_complete(t, false, 2 * CLUSTER, CLUSTER);
     expect_no_request(t, true);
 
     put(t, 0, 5 * CLUSTER);
-    g_assert_false(seqcache_discard(t->s, CLUSTER + 100, 2 * CLUSTER));
+    discard(t, CLUSTER + 100, 2 * CLUSTER, false);
     expect_clusters(t, 2, 2);
     expect_read(t, 0, CLUSTER);
     expect_read(t, 4 * CLUSTER, CLUSTER);
-    g_assert_false(seqcache_discard(t->s, CLUSTER, INT64_MAX - CLUSTER));
+    discard(t, CLUSTER, INT64_MAX - CLUSTER, false);
     expect_clusters(t, 1, 1);
 }
 
@@ -728,14 +746,14 @@ FIXTURE_TEST(discard_of_written_open_run, CACHE(1, false))
     put(t, 0, 100);
     point = seqcache_flush_point(t->s);
     take_and_complete(t, true, 0, 100);
-    g_assert_false(seqcache_discard(t->s, 99, 1));
+    discard(t, 99, 1, false);
     expect_clusters(t, 0, 0);
     expect_read(t, 0, 0);
-    g_assert_false(seqcache_continues(t->s, 100));
+    expect_continues(t, 100, false);
 
     /* the new owner of the cluster begins anew */
     put(t, 50, 100);
-    g_assert_true(seqcache_is_flushed(t->s, point));
+    expect_flushed(t, point, true);
     finish_oldest(t);
     take_and_complete(t, false, 50, 100);
 }
@@ -761,7 +779,7 @@ FIXTURE_TEST(drop_written, CACHE(4, false))
     expect_clusters(t, 4, 0);
     g_assert_false(seqcache_drop_written(t->s, 99, 2 * CLUSTER, 512));
     expect_clusters(t, 3, 2);
-    g_assert_cmpint(seqcache_gap(t->s, 0, INT64_MAX), ==, CLUSTER + 1024);
+    expect_gap(t, 0, INT64_MAX, CLUSTER + 1024);
     expect_read(t, CLUSTER + 1024, 100);
     expect_read(t, 2 * CLUSTER + 511, 0);
     expect_read(t, 2 * CLUSTER + 512, 588);
@@ -773,7 +791,7 @@ FIXTURE_TEST(drop_written, CACHE(4, false))
     take_and_complete(t, true, CLUSTER + 1024, 100);
     take_and_complete(t, true, 2 * CLUSTER + 512, 588);
     take_and_complete(t, true, 3 * CLUSTER, 100);
-    g_assert_true(seqcache_is_flushed(t->s, point));
+    expect_flushed(t, point, true);
 }
 
 FIXTURE_TEST(discard_in_flight, CACHE(1, false))
@@ -787,34 +805,34 @@ FIXTURE_TEST(discard_in_flight, CACHE(1, false))
         put(t, 0, 3 * CLUSTER + 100);
         point = seqcache_flush_point(t->s);
         req = take(t, true, 0, 3 * CLUSTER + 100);
-        g_assert_true(seqcache_discard(t->s, CLUSTER, 1));
-        g_assert_true(seqcache_discard(t->s, 3 * CLUSTER, INT64_MAX / 2));
+        discard(t, CLUSTER, 1, true);
+        discard(t, 3 * CLUSTER, INT64_MAX / 2, true);
 
         expect_read(t, CLUSTER, 0);
         expect_read(t, 0, CLUSTER);
-        g_assert_cmpint(seqcache_gap(t->s, CLUSTER, 2 * CLUSTER), ==, CLUSTER);
-        g_assert_cmpint(seqcache_gap(t->s, 3 * CLUSTER, 100), ==, 100);
-        g_assert_false(seqcache_continues(t->s, 3 * CLUSTER + 100));
-        g_assert_false(seqcache_can_write(t->s, 3 * CLUSTER + 100, 1));
-        g_assert_false(seqcache_can_write(t->s, CLUSTER, 1));
-        g_assert_true(seqcache_discard(t->s, CLUSTER, 1));
+        expect_gap(t, CLUSTER, 2 * CLUSTER, CLUSTER);
+        expect_gap(t, 3 * CLUSTER, 100, 100);
+        expect_continues(t, 3 * CLUSTER + 100, false);
+        expect_can_write(t, 3 * CLUSTER + 100, 1, false);
+        expect_can_write(t, CLUSTER, 1, false);
+        discard(t, CLUSTER, 1, true);
         expect_clusters(t, 4, 0);
         seqcache_get_stats(t->s, &stats);
         g_assert_cmpint(stats.bytes_cached, ==, 2 * CLUSTER);
         g_assert_cmpint(stats.bytes_unwritten, ==, 2 * CLUSTER);
-        g_assert_false(seqcache_is_flushed(t->s, point));
+        expect_flushed(t, point, false);
 
         /* What was not discarded stays if it was not written */
         seqcache_complete(t->s, req, success);
-        g_assert_true(seqcache_can_write(t->s, CLUSTER, CLUSTER));
-        g_assert_true(seqcache_can_write(t->s, 3 * CLUSTER, CLUSTER));
+        expect_can_write(t, CLUSTER, CLUSTER, true);
+        expect_can_write(t, 3 * CLUSTER, CLUSTER, true);
         if (!success) {
             expect_clusters(t, 2, 2);
             take_and_complete(t, true, 0, CLUSTER);
             take_and_complete(t, true, 2 * CLUSTER, CLUSTER);
         }
         expect_clusters(t, 0, 0);
-        g_assert_true(seqcache_is_flushed(t->s, point));
+        expect_flushed(t, point, true);
         success = !success;
     } while (success);
 }
@@ -827,10 +845,10 @@ FIXTURE_TEST(discarded_in_flight_does_not_hold_up_flush, CACHE(1, false))
     put(t, 0, 2 * CLUSTER);
     point = seqcache_flush_point(t->s);
     req = take(t, true, 0, 2 * CLUSTER);
-    g_assert_true(seqcache_discard(t->s, 0, 2 * CLUSTER));
-    g_assert_true(seqcache_is_flushed(t->s, point));
+    discard(t, 0, 2 * CLUSTER, true);
+    expect_flushed(t, point, true);
     seqcache_complete(t->s, req, false);
-    g_assert_true(seqcache_is_flushed(t->s, point));
+    expect_flushed(t, point, true);
 }
 
 FIXTURE_TEST(flush_ends_under_stream_of_writes, CACHE(2, false))
@@ -868,34 +886,34 @@ FIXTURE_TEST(flush_ends_under_stream_of_flushes, CACHE(1, false))
 
     put(t, 0, 1000);
     first = seqcache_flush_point(t->s);
-    g_assert_false(seqcache_is_flushed(t->s, first));
+    expect_flushed(t, first, false);
     req = take(t, true, 0, 1000);
     put(t, 1000, 1000);
     second = seqcache_flush_point(t->s);
     g_assert_cmpint(first, <, second);
-    g_assert_false(seqcache_is_flushed(t->s, first));
+    expect_flushed(t, first, false);
     seqcache_complete(t->s, req, true);
-    g_assert_true(seqcache_is_flushed(t->s, first));
-    g_assert_false(seqcache_is_flushed(t->s, second));
+    expect_flushed(t, first, true);
+    expect_flushed(t, second, false);
 
     req = take(t, true, 0, 2000);
     put(t, 2000, 1000);
     third = seqcache_flush_point(t->s);
     seqcache_complete(t->s, req, false);
-    g_assert_true(seqcache_is_flushed(t->s, first));
-    g_assert_false(seqcache_is_flushed(t->s, second));
+    expect_flushed(t, first, true);
+    expect_flushed(t, second, false);
     req = take(t, true, 0, 3000);
-    g_assert_true(seqcache_is_flushed(t->s, first));
-    g_assert_false(seqcache_is_flushed(t->s, second));
+    expect_flushed(t, first, true);
+    expect_flushed(t, second, false);
     seqcache_complete(t->s, req, true);
-    g_assert_true(seqcache_is_flushed(t->s, second));
-    g_assert_true(seqcache_is_flushed(t->s, third));
+    expect_flushed(t, second, true);
+    expect_flushed(t, third, true);
 
     /* nothing new for the second of these, which is set in flight */
     put(t, 3000, 1000);
-    g_assert_true(seqcache_is_flushed(t->s, third));
+    expect_flushed(t, third, true);
     first = seqcache_flush_point(t->s);
-    g_assert_true(seqcache_is_flushed(t->s, third));
+    expect_flushed(t, third, true);
     req = take(t, true, 0, 4000);
     second = seqcache_flush_point(t->s);
     put(t, 4000, 1000);
@@ -903,10 +921,10 @@ FIXTURE_TEST(flush_ends_under_stream_of_flushes, CACHE(1, false))
     put(t, 5000, 1000);
     fourth = seqcache_flush_point(t->s);
     seqcache_complete(t->s, req, true);
-    g_assert_true(seqcache_is_flushed(t->s, first));
-    g_assert_true(seqcache_is_flushed(t->s, second));
-    g_assert_false(seqcache_is_flushed(t->s, third));
-    g_assert_false(seqcache_is_flushed(t->s, fourth));
+    expect_flushed(t, first, true);
+    expect_flushed(t, second, true);
+    expect_flushed(t, third, false);
+    expect_flushed(t, fourth, false);
 }
 
 FIXTURE_TEST(flush_includes_run_that_was_finished_since, CACHE(1, false))
@@ -918,11 +936,11 @@ FIXTURE_TEST(flush_includes_run_that_was_finished_since, CACHE(1, false))
     point = seqcache_flush_point(t->s);
     req = take(t, true, 0, 1000);
     put(t, 1000, CLUSTER);
-    g_assert_false(seqcache_is_flushed(t->s, point));
+    expect_flushed(t, point, false);
     seqcache_complete(t->s, req, true);
-    g_assert_false(seqcache_is_flushed(t->s, point));
+    expect_flushed(t, point, false);
     take_and_complete(t, false, 0, CLUSTER);
-    g_assert_true(seqcache_is_flushed(t->s, point));
+    expect_flushed(t, point, true);
 }
 
 FIXTURE_TEST(end_of_address_space, CACHE(1, true))
@@ -932,19 +950,17 @@ FIXTURE_TEST(end_of_address_space, CACHE(1, true))
 
     put(t, offset, INT64_MAX - offset);
     expect_clusters(t, 2, 1);
-    g_assert_false(seqcache_can_write(t->s, INT64_MAX - 1, 1));
-    g_assert_true(seqcache_can_write(t->s, INT64_MAX, 0));
-    g_assert_cmpint(seqcache_gap(t->s, 0, INT64_MAX), ==, offset);
-    g_assert_cmpint(seqcache_gap(t->s, offset - 1, INT64_MAX - offset + 1), ==,
-                    1);
-    g_assert_cmpint(seqcache_gap(t->s, INT64_MAX - 1, 1), ==, 0);
+    expect_can_write(t, INT64_MAX - 1, 1, false);
+    expect_can_write(t, INT64_MAX, 0, true);
+    expect_gap(t, 0, INT64_MAX, offset);
+    expect_gap(t, offset - 1, INT64_MAX - offset + 1, 1);
+    expect_gap(t, INT64_MAX - 1, 1, 0);
     finish_oldest(t);
 
     /* no address is left for the padding to end at */
-    req = take(t, false, offset, INT64_MAX - offset - (CLUSTER - 1));
-    seqcache_complete(t->s, req, true);
+    take_and_complete(t, false, offset, INT64_MAX - offset - (CLUSTER - 1));
     req = take(t, false, INT64_MAX - CLUSTER + 1, CLUSTER - 1);
-    g_assert_true(seqcache_discard(t->s, 0, INT64_MAX));
+    discard(t, 0, INT64_MAX, true);
     seqcache_complete(t->s, req, true);
     expect_clusters(t, 0, 0);
 }
@@ -1020,15 +1036,15 @@ FIXTURE_TEST(million_clusters, CACHE_512(16))
         int64_t offset = place * 1024L + i % 500;
 
         expect_read(t, offset, 8);
-        g_assert_false(seqcache_can_write(t->s, offset + 4, 8));
-        g_assert_cmpint(seqcache_gap(t->s, offset + 8, 512), ==, 512);
+        expect_can_write(t, offset + 4, 8, false);
+        expect_gap(t, offset + 8, 512, 512);
     }
     point = seqcache_flush_point(t->s);
     for (i = 0, place = 0; i < nb; i++, place = (place + step) % nb) {
-        g_assert_false(seqcache_is_flushed(t->s, point));
+        expect_flushed(t, point, false);
         take_and_complete(t, true, place * 1024L + i % 500, 8);
     }
-    g_assert_true(seqcache_is_flushed(t->s, point));
+    expect_flushed(t, point, true);
     /* What is left are the streams */
     expect_clusters(t, 16, 0);
 }
@@ -1045,7 +1061,7 @@ FIXTURE_TEST(million_clusters_in_order, CACHE_512(1))
         write_buf(t->s, pos, n, buf);
     }
     expect_clusters(t, 1000000, 1000000);
-    g_assert_cmpint(seqcache_gap(t->s, 0, bytes + 5), ==, 0);
+    expect_gap(t, 0, bytes + 5, 0);
     t->limits.align = 512;
     for (pos = 0; pos < bytes; pos += n) {
         SeqCacheRequest *req = seqcache_get_next_flush(t->s, &t->limits, false);

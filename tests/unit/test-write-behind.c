@@ -134,7 +134,7 @@ FIXTURE_TEST(large_requests, LARGE(4 * MiB), .align = 4096)
     g_assert_false(continues(t, total));
     disk_reset_counts(t->disk);
     flush_writes(t, { 5 * MiB, 16 * KiB });
-    g_assert_cmpuint(t->disk->nb.reads, ==, 0);
+    assert_nb(t, reads, 0);
     assert_stat(t, cached_bytes, ==, 0);
 }
 
@@ -154,10 +154,10 @@ FIXTURE_CASES(request_size,
         append_ok(t, 32 * KiB);
     }
     flush_ok(t);
-    assert_nb_writes(t, n);
+    assert_nb(t, writes, n);
     /* If they were larger, the block layer split them */
     assert_stat(t, issued_requests, ==, n);
-    g_assert_cmpuint(t->disk->nb.reads, ==, 0);
+    assert_nb(t, reads, 0);
 }
 
 /* Alignment and maximum size are those that the child has at that moment */
@@ -201,8 +201,8 @@ FIXTURE_TEST(large_alignment, .cluster_size = 512, .cache_size = 64 * KiB,
     while (t->alloc < 256 * KiB) {
         append_ok(t, 100);
     }
-    g_assert_cmpuint(t->disk->nb.reads, ==, 0);
-    assert_nb_writes(t, 8);
+    assert_nb(t, reads, 0);
+    assert_nb(t, writes, 8);
 }
 
 /* Where padding is not allowed, the neighbouring bytes stay what they are */
@@ -583,7 +583,7 @@ FIXTURE_TEST(error_shared, LARGE(4 * MiB))
     settle();
     disk_set_fault(t->disk, (DiskFault) { 0 });
     /* One of the two failed; nobody tries again by himself */
-    assert_nb_writes(t, 2);
+    assert_nb(t, writes, 2);
     assert_stat(t, errors, ==, 1);
     read_all(t);
 
@@ -591,7 +591,7 @@ FIXTURE_TEST(error_shared, LARGE(4 * MiB))
         disk_set_error(t->disk, errors[i]);
         start_all_held(t, ops, ARRAY_SIZE(ops), 1);
         ops_finish(ops, ARRAY_SIZE(ops), -errors[i]);
-        assert_nb_writes(t, 3 + i);
+        assert_nb(t, writes, 3 + i);
         assert_stat(t, errors, ==, 2 + i);
         g_assert_cmpint(t->alloc, ==, accepted);
         read_all(t);
@@ -766,7 +766,7 @@ FIXTURE_CASES(drain, { SMALL(16) }, { SMALL(16), .param = true })
     n = t->disk->nb.writes;
     append_ok(t, 8 * 4096);
     settle();
-    assert_nb_writes(t, n);
+    assert_nb(t, writes, n);
 
     if (all) {
         bdrv_drain_all_end();
@@ -791,14 +791,14 @@ FIXTURE_CASES(drain_rest, { BUSY }, { BUSY, .param = true })
         t->bs->drv = NULL;
     }
     drain_held(t);
-    assert_nb_writes(t, 4);
+    assert_nb(t, writes, 4);
     bdrv_drained_end(t->bs);
     t->bs->drv = &bdrv_node;
 
     if (!config->param) {
         append_ok(t, 1);
         settle();
-        assert_nb_writes(t, 60);
+        assert_nb(t, writes, 60);
     }
 }
 
@@ -1073,10 +1073,10 @@ FIXTURE_TEST(read, SMALL(256), .no_pad = true, .align = 512)
     disk_reset_counts(t->disk);
     read_ok(t, 1000, 8000);
     read_ok(t, 20480, 4096);
-    g_assert_cmpuint(t->disk->nb.reads, ==, 0);
+    assert_nb(t, reads, 0);
     /* One request for each gap, however the buffers are cut */
     run_ok(t, op_read, .offset = 0, .bytes = 32768, .gen = 100);
-    g_assert_cmpuint(t->disk->nb.reads, ==, 4);
+    assert_nb(t, reads, 4);
 
     /* What is in flight; without blocks, or reads would have to wait for it */
     disk_set_limits(t->disk_bs, 1, 0);
@@ -1098,9 +1098,9 @@ FIXTURE_TEST(read_padding, SMALL(256), .align = 512)
     disk_reset_counts(t->disk);
     read_ok(t, 1000, 12288 - 1000);
     run_ok(t, op_read, .offset = 8000, .bytes = 4000, .gen = 100);
-    g_assert_cmpuint(t->disk->nb.reads, ==, 0);
+    assert_nb(t, reads, 0);
     run_ok(t, op_read, .offset = 0, .bytes = 32768, .gen = 5000);
-    g_assert_cmpuint(t->disk->nb.reads, ==, 2);
+    assert_nb(t, reads, 2);
     t->unchecked = true;
 }
 
@@ -1254,7 +1254,7 @@ FIXTURE_TEST(age, AGE, .align = 512)
     assert_stat(t, unwritten_bytes, ==, 1000);
     pass_time();
     /* The block layer reads what it needs for a whole block */
-    g_assert_cmpuint(t->disk->nb.reads, ==, 1);
+    assert_nb(t, reads, 1);
     assert_writes(t, { 0, 1024 });
     assert_all_on_disk(t);
     assert_stat(t, unwritten_bytes, ==, 0);
@@ -1390,12 +1390,12 @@ FIXTURE_TEST(settle_stop, BUSY)
     }
     settle();
     g_assert_true(op_done(op));
-    assert_nb_writes(t, 4);
+    assert_nb(t, writes, 4);
 
     /* It would hang if anything was in flight */
     append_ok(t, 4096);
     settle();
-    assert_nb_writes(t, 4);
+    assert_nb(t, writes, 4);
     change_graph_elsewhere();
 
     flush = start(t, op_flush);
@@ -1517,7 +1517,7 @@ FIXTURE_TEST(start_write_out, LARGE(4 * MiB))
     disk_release(t->disk);
     settle();
     g_assert_cmpuint(nb_written_out, ==, 2);
-    assert_nb_writes(t, 3);
+    assert_nb(t, writes, 3);
     assert_all_on_disk(t);
 
     /* In a drained section it has to wait */
@@ -1525,7 +1525,7 @@ FIXTURE_TEST(start_write_out, LARGE(4 * MiB))
     bdrv_drained_begin(t->bs);
     wb_start_write_out(t->wb);
     pass_time();
-    assert_nb_writes(t, 3);
+    assert_nb(t, writes, 3);
     bdrv_drained_end(t->bs);
     for (int i = 0; i < 30000 && nb_written_out == 2; i++) {
         pass_time();
@@ -1606,14 +1606,14 @@ FIXTURE_TEST(abandon, SMALL(16), .max_transfer = 4096)
     settle();
     wb_abandon(t->wb);
     let_go(t, -ECANCELED);
-    assert_nb_writes(t, 4);
+    assert_nb(t, writes, 4);
     read_ok(t, 0, 16 * 4096);
     run_fails(t, -ECANCELED, op_flush);
     run_fails(t, -ECANCELED, op_settle, .gen = BDRV_SETTLE_WRITE);
     run_fails(t, -ECANCELED, op_reserve, .nb_clusters = 13);
     reserve_ok(t, 12);
     unreserve(t, 12);
-    assert_nb_writes(t, 4);
+    assert_nb(t, writes, 4);
     t->unchecked = true;
 }
 

@@ -218,11 +218,6 @@ void assert_held(Test *t, unsigned n)
     g_assert_cmpuint(t->disk->nb_held, ==, n);
 }
 
-void assert_nb_writes(Test *t, unsigned n)
-{
-    g_assert_cmpuint(t->disk->nb.writes, ==, n);
-}
-
 void drain_held(Test *t)
 {
     disk_release_later(t->disk);

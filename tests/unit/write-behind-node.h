@@ -102,9 +102,6 @@ void assert_log(Test *t, const DiskWrite *expected, unsigned n);
 void assert_no_writes(Test *t);
 void forget_writes(Test *t);
 
-/* Assert how many there were in all */
-void assert_nb_writes(Test *t, unsigned n);
-
 #define assert_stat(t, field, op, value)                                \
     do {                                                                \
         BlockStatsWriteBehind *stats_ = wb_get_stats((t)->wb);          \
