@@ -63,6 +63,21 @@ check_variables()
     done
 }
 
+# as_owner COMMAND...: as the owner of this clone, so that "sudo make" leaves
+# nothing of root's in it
+as_owner()
+{
+    local owner
+
+    owner=$(stat -c %U .)
+    if [ "$(id -u)" != 0 ] || [ "$owner" = root ]; then
+        "$@"
+    else
+        runuser -u "$owner" -- \
+            env HOME="$(getent passwd "$owner" | cut -d: -f6)" "$@"
+    fi
+}
+
 say()
 {
     printf '%s\n' "$*"

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -32,14 +33,28 @@ ADDS = re.compile(r'^Adds:((?:.*\n?)(?:[ \t].*\n?)*)', re.M)
 TRAILER = re.compile(r'[A-Z][A-Za-z-]*: ')
 
 
+def end_cleanly():
+    """Let a signal that ends the script remove its temporary folders."""
+    for number in signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, lambda n, _: sys.exit(128 + n))
+
+
 def run(*command, cwd=TOP, stdin=None, **env):
-    """The output of a command; its failure ends the script."""
-    done = subprocess.run(command, cwd=cwd, input=stdin, check=False,
-                          env={**os.environ, **env}, stdout=subprocess.PIPE,
-                          encoding='utf-8', errors='surrogateescape')
-    if done.returncode:
-        sys.exit(done.returncode)
-    return done.stdout
+    """The output of a command; its failure ends the script, and the end of the
+    script ends it."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=cwd, env={**os.environ, **env},
+                          stdin=None if stdin is None else pipe, stdout=pipe,
+                          encoding='utf-8', errors='surrogateescape') as process:
+        try:
+            output = process.communicate(stdin)[0]
+        except BaseException:
+            # It may have temporary folders, too
+            process.terminate()
+            raise
+    if process.returncode:
+        sys.exit(process.returncode)
+    return output
 
 
 def read(path):

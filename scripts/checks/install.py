@@ -66,13 +66,14 @@ def check_install_script(copy):
     """What is installed, replaced by an upgrade, and removed is ours."""
     stage = Stage(copy)
     staged = contents(stage.path(''))
-    status, output = stage.run()
+    status, output = stage.run(DESTDIR=stage.to, PREFIX='/opt/a b')
     found = contents(stage.prefix)
     manifest = found.pop(MANIFEST, None)
     found.pop(os.path.dirname(MANIFEST), None)
     yield ('all is installed as it was laid out',
            status == 0 and found == staged and manifest and
-           'QEMU 10.0.13 (seqcache 1.0) is installed in' in output, output)
+           f'QEMU 10.0.13 (seqcache 1.0) is installed in {stage.prefix}. ' in
+           output, output)
 
     stage.fill('1.1', 'bin/new')
     os.unlink(stage.path('bin/qemu-io'))

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -15,6 +16,18 @@ import tempfile
 from .copies import Copy, TinyQemu
 from .runner import TOP
 
+# Ends the script that calls it, or the one that calls that
+KILLER = """#!/bin/sh
+case "$1" in
+format-patch)
+    pid=$PPID
+    [ "$WHO" = export ] || pid=$(awk '/^PPid/ {{ print $2 }}' /proc/$PPID/status)
+    kill $pid
+    exec sleep 60
+    ;;
+esac
+exec {} "$@"
+"""
 CHANGES = '# Changelog\n\n## [1.0] - 2026-11-30\n'
 
 
@@ -63,6 +76,18 @@ def check_dist(_copy):
                              GIT_AUTHOR_NAME='Someone', LANG='de_DE.UTF-8')
         yield ('the same release has the same bytes', status == 0 and
                digest() == first, output)
+
+        qemu.write('cache/stubs/git', KILLER.format(shutil.which('git')))
+        os.chmod(f'{folder}/cache/stubs/git', 0o755)
+        for who in 'export', 'dist':
+            status, output = run(
+                f'scripts/{who}', WHO=who, QEMU_SRC=sources.split()[0],
+                PATH=f'{folder}/cache/stubs:{os.environ["PATH"]}')
+            left = glob.glob(f'{folder}/cache/export-*') + [
+                name for name in os.listdir(f'{folder}/dist')
+                if name not in ('seqcache-1.0.tar.xz', 'SHA256SUMS')]
+            yield (f'{who} that is ended leaves nothing behind',
+                   status == 143 and not left, f'{status} {left} {output}')
 
         run('git', 'tag', 'v2.0')
         status, output = run('scripts/dist')

@@ -60,6 +60,7 @@ REFUSED = [
     ('install', 'DESTDIR=relative', 'absolute path'),
     ('uninstall', 'PREFIX=~/x', 'absolute path'),
     ('dist', 'SOURCES=/nonexistent', 'there is no'),
+    ('dist', 'SOURCES=old.dsc', 'there are patches for'),
     ('check-fresh', 'SUITES=nonsense', 'bookworm trixie sid'),
     ('check-fresh', 'USERS=nonsense', 'root user'),
     ('check-fresh', 'PARTS=nonsense', 'build demo check'),
