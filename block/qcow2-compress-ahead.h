@@ -47,8 +47,12 @@ typedef struct Qcow2CompressAhead {
  *
  * Get memory for one cluster, aligned for the node's requests.  While other
  * compressed writes are under way, memory that they have put back is used
- * again: what the heap gives back to the kernel comes again page by page, which
- * can take longer than compression.  Needs no lock.
+ * again.  Needs no lock.
+ *
+ * This makes no difference with clusters of 64 KiB.  With 2 MiB (zstd, in
+ * order) the heap would give them back to the kernel again and again, and keep
+ * some for each thread: a conversion has 0.7 times the page faults, takes 0.9
+ * times the processor time, and uses 79 MB instead of 137 MB at most.
  *
  * Returns: the memory, to be put back with qcow2_put_compress_buf().
  */
