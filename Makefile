@@ -32,7 +32,7 @@ demo:
 check:
 	@scripts/arguments $@
 	@scripts/build --tests patches
-	@scripts/check scripts standalone unit iotests
+	@scripts/check scripts standalone unit iotests storage
 
 check-standalone:
 	@scripts/arguments $@
@@ -111,6 +111,14 @@ check-long:
 	@scripts/build --tests
 	@scripts/check random
 
+check-storage: export WITH = storage
+check-storage:
+	@scripts/arguments $@
+	@scripts/deps storage $(if $(STORES),$(filter ceph,$(STORES)),ceph) || \
+		echo 'The stores that need them are skipped.'
+	@scripts/build demo test
+	@scripts/check storage
+
 check-tsan: export WITH = tsan
 check-valgrind: export WITH = valgrind
 check-tsan check-valgrind:
@@ -163,6 +171,10 @@ help:
 	@echo '                       and UBSan. LONG_SECONDS=N: how long each part'
 	@echo '                       goes on (default: 60); PARTS="filter corrupt"'
 	@echo '                       runs only these; SEED=N repeats a run'
+	@echo 'make check-storage     the same work on each store of scripts/checks/stores.py:'
+	@echo '                       file systems, devices and servers, started on'
+	@echo '                       loopback. Wants root, and half an hour.'
+	@echo '                       STORES="iscsi ceph" chooses'
 	@echo 'make check-tsan        the unit tests and our iotests with'
 	@echo '                       ThreadSanitizer, in build-tsan'
 	@echo 'make check-valgrind    the unit tests, and the tools in an iotest, with'
@@ -223,6 +235,6 @@ help:
 	@echo 'V=1                    show the whole output of each step'
 
 .PHONY: all install uninstall dist check check-standalone check-unit check-iotests check-filtered \
-        check-upstream check-long check-tsan check-valgrind check-clang \
+        check-upstream check-long check-storage check-tsan check-valgrind check-clang \
         check-fresh check-deb lint check-series coverage deb export bench \
         bench-quick demo update clean distclean help

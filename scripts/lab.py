@@ -15,10 +15,11 @@ import tempfile
 import threading
 import time
 
-from patchset import suffix
+from patchset import build_folder
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BUILD = os.path.join(TOP, os.environ.get('BUILD') or f'build{suffix()}')
+BUILD = os.path.join(TOP, os.environ.get('BUILD') or
+                     build_folder(os.environ.get('WITH') or ''))
 QEMU_IMG = os.path.join(BUILD, 'qemu-img')
 # mke2fs is there, and an ordinary user's PATH may not be
 os.environ['PATH'] += ':/usr/sbin:/sbin'
@@ -196,25 +197,30 @@ class RequestLog:
         os.unlink(self.log)
         return found
 
-    def read(self):
+    def so_far(self):
         """{'reads': ..., 'writes': ..., 'written': bytes}"""
         count = {'reads': 0, 'writes': 0, 'written': 0}
         with open(self.log, encoding='utf-8', errors='replace') as f:
             for line in f:
-                m = re.search(r'\bp(read|write)\w*(?:\(| resumed).* = (\d+)$',
+                m = re.search(r'\bp?(read|write)\w*(?:\(| resumed).* = (\d+)$',
                               line)
                 if m:
                     count[m.group(1) + 's'] += 1
                     if m.group(1) == 'write':
                         count['written'] += int(m.group(2))
+        return count
+
+    def read(self):
+        """The same, and remove the log"""
+        count = self.so_far()
         os.unlink(self.log)
         return count
 
 
-def is_listening(path):
-    """Whether a server listens on a socket, which exists a moment before"""
+def is_listening(pid, path):
+    """Whether a process listens on a socket, which exists a moment before"""
     accepts = '00010000'
-    with open('/proc/net/unix', encoding='utf-8') as f:
+    with open(f'/proc/{pid}/net/unix', encoding='utf-8') as f:
         return any(words[3] == accepts and words[7:] == [path]
                    for words in map(str.split, f))
 
@@ -241,7 +247,7 @@ class Server:
         command = self.command(self.socket)
         # pylint: disable-next=consider-using-with
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        while not is_listening(self.socket):
+        while not is_listening(self.process.pid, self.socket):
             if self.process.poll() is not None:
                 raise Failed(f'{" ".join(command)} did not start')
             time.sleep(0.01)

@@ -9,6 +9,7 @@ iotests.py       kind iotests
 lint.py          kind lint
 repository.py    kind scripts; patches.py is its part about patches/
 long.py          kind random
+storage.py       kind storage; stores.py is the list of what it runs on
 compare.py       kinds filtered and upstream
 coverage.py      kind coverage
 """

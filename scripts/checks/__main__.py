@@ -17,7 +17,7 @@ import signal
 import sys
 
 from . import compare, coverage, iotests, lint, long, programs, repository, \
-    runner, tests
+    runner, storage, tests
 
 RUN = {
     'scripts': repository.check_tests,
@@ -25,6 +25,7 @@ RUN = {
     'unit': programs.unit_tests,
     'iotests': iotests.iotest_tests,
     'lint': lint.lint_tests,
+    'storage': storage.storage_tests,
     'coverage': coverage.coverage_tests,
 }
 
@@ -44,6 +45,8 @@ def names(kind):
         'unit': [(n, '') for n in programs.unit_names()],
         'coverage': [(n, f'{p} %') for n, p in tests.COVERAGE.items()],
         'lint': [(n, '') for n in tests.LINTERS],
+        'storage': [(n, 'quick' if store.quick else '')
+                    for n, store in storage.STORES.items()],
         'random': [(n, part.what) for n, part in tests.RANDOM.items()],
     }.get(kind, [])
 
@@ -65,6 +68,8 @@ def run_kind(kind, tally):
         compare.run_comparisons(kind, tally)
     else:
         runner.run_tests(RUN[kind](), tally)
+    if kind == 'storage':
+        storage.print_table()
 
 
 def main():

@@ -16,6 +16,7 @@ KINDS = {
     'lint': 'pylint, mypy and shellcheck over our iotests and scripts',
     'coverage': 'which lines of ours the kinds before it have reached (gcov)',
     'random': 'the random tests for long, $LONG_SECONDS each part at least',
+    'storage': 'images on devices, file systems and servers, $STORES',
     'filtered': "QEMU's iotests without and with a filter below each image",
     'upstream': "QEMU's own tests in an unpatched build and in ours",
 }
@@ -35,8 +36,9 @@ CACHE_MODES = ['writeback', 'none']
 # They take long; QEMU's run in all modes in make check-upstream
 MODE_NONE_ONLY = """013 014 055 060 061 112 122 220 filter-matrix-filters
                     filter-matrix-images filter-matrix-ours
-                    filter-matrix-protocols seqcache-guest-disk
-                    seqcache-heap-contents seqcache-limits""".split()
+                    filter-matrix-protocols qcow2-compressed-cache-target-shapes
+                    seqcache-guest-disk seqcache-heap-contents
+                    seqcache-limits""".split()
 # What begins so is about servers, which have no cache mode
 MODE_WRITEBACK_ONLY = 'cacheextents-', 'nbd-', 'seqcache-disconnect'
 # These want larger sparse files than ext4 can have; the second is where they
@@ -64,6 +66,7 @@ ENVIRONMENTS = {
     'asan': Environment('AddressSanitizer and UBSan', slower=3),
     'tsan': Environment('ThreadSanitizer', 'ours', slower=6),
     'clang': Environment('clang with thread-safety analysis and -Werror'),
+    'storage': Environment('the tools, with each driver for storage'),
     'gcov': Environment('counts which lines are reached', 'ours'),
     'valgrind': Environment(
         'valgrind: unit tests; qemu-img and qemu-io in an iotest',
