@@ -36,7 +36,8 @@ CACHE_MODES = ['writeback', 'none']
 # They take long; QEMU's run in all modes in make check-upstream
 MODE_NONE_ONLY = """013 014 055 060 061 112 122 220 filter-matrix-filters
                     filter-matrix-images filter-matrix-ours
-                    filter-matrix-protocols qcow2-compressed-cache-target-shapes
+                    filter-matrix-protocols qcow2-compressed-cache-nbdcopy
+                    qcow2-compressed-cache-target-shapes
                     seqcache-guest-disk seqcache-heap-contents
                     seqcache-limits""".split()
 # What begins so is about servers, which have no cache mode
