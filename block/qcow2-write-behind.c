@@ -158,6 +158,7 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
     BDRVQcow2State *s = bs->opaque;
     WriteBehind *wb = s->write_behind;
     Qcow2CompressedAlloc alloc;
+    QCowL2Meta in_flight;
     uint64_t host_offset;
     int ret;
 
@@ -167,6 +168,10 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
     }
 
     QEMU_LOCK_GUARD(&s->lock);
+
+    /* After this, s->lock is held until the data is in the cache */
+    qcow2_begin_compressed_write(bs, offset, &in_flight);
+    qcow2_end_compressed_write(&in_flight);
 
     if (s->free_byte_offset && !wb_continues(wb, s->free_byte_offset)) {
         s->free_byte_offset = 0;
