@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 
-from . import compare, coverage, iotests, lint, long, programs, repository, \
+from . import compare, coverage, iotests, libvirt, lint, long, programs, repository, \
     runner, storage, tests
 
 RUN = {
@@ -25,7 +25,7 @@ RUN = {
     'unit': programs.unit_tests,
     'iotests': iotests.iotest_tests,
     'lint': lint.lint_tests,
-    'storage': storage.storage_tests,
+    'storage': lambda: [*storage.storage_tests(), *libvirt.libvirt_tests()],
     'coverage': coverage.coverage_tests,
 }
 
@@ -46,7 +46,8 @@ def names(kind):
         'coverage': [(n, f'{p} %') for n, p in tests.COVERAGE.items()],
         'lint': [(n, '') for n in tests.LINTERS],
         'storage': [(n, 'quick' if store.quick else '')
-                    for n, store in storage.STORES.items()],
+                    for n, store in storage.STORES.items()] +
+        [('libvirt', '')],
         'random': [(n, part.what) for n, part in tests.RANDOM.items()],
     }.get(kind, [])
 

@@ -177,13 +177,14 @@ class Stored(runner.Test):
                f'not {self.store.fewer} times fewer: {text}')
         expect(default[0] <= self.store.metadata, f'data is read: {text}')
 
-    def convert_by(self, cache, *options, compression='zlib'):
-        """The requests of a conversion, which is compared and checked"""
+    def convert_by(self, cache, *options, compression='zlib', origin=None):
+        """The requests of a conversion of the source, or of an export of it; the
+        image is compared and checked"""
         self.store.fresh()
         self.create(compression)
         with self.counted() as found:
             run(*self.store.prefix, QEMU_IMG, 'convert', '-n', '-c', *options,
-                '-f', 'raw', '-O', 'qcow2', source(),
+                '-f', 'raw', '-O', 'qcow2', origin or source(),
                 as_json(qcow2(self.store.node, cache)))
         self.verify()
         return found[0]
@@ -298,7 +299,7 @@ class Stored(runner.Test):
 
     def ended(self, column, error, expected):
         """How a job ended, and its image"""
-        self.texts[column] = error and 'fails' or 'resumed'
+        self.texts[column] = 'fails' if error else 'resumed'
         expect(expected in error and bool(error) == bool(expected),
                f'the job says "{error}", not "{expected}"')
         if not error:
@@ -355,13 +356,14 @@ def names():
     that are quick"""
     return (os.environ.get('STORES') or '').split() or [
         name for name, store in STORES.items()
-        if store.quick or runner.WITH == 'storage']
+        if store.quick or runner.WITH == 'storage'
+    ] + (['libvirt'] if runner.WITH == 'storage' else [])
 
 
 def storage_tests():
     if runner.WITH not in ('', 'storage'):
         return []
-    found = [Stored(name) for name in programs.wanted(names())]
+    found = [Stored(name) for name in programs.wanted(names()) if name in STORES]
     if found:
         source()
     return found

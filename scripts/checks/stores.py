@@ -44,9 +44,9 @@ def run(*command, **options):
 
 def wait_for(condition, what, seconds=120):
     """Bounded only so that the run ends"""
-    end = time.monotonic() + seconds
+    late = time.monotonic() + seconds
     while not (found := condition()):
-        if time.monotonic() > end:
+        if time.monotonic() > late:
             raise Failed(f'{what}: not in {seconds} s')
         time.sleep(0.05)
     return found
