@@ -142,8 +142,8 @@ class Libvirt(storage.Stored):
 
     def run(self):
         program = shutil.which('virtqemud') or shutil.which('libvirtd')
-        emulators = glob.glob(os.path.join(runner.TOP, 'build',
-                                           'qemu-system-x86_64'))
+        emulators = [path for folder in (runner.BUILD, f'{runner.TOP}/build')
+                     for path in glob.glob(f'{folder}/qemu-system-x86_64')]
         absent = [name for name, found in (
             ('root', os.getuid() == 0), ('libvirt', program),
             ('virsh', shutil.which('virsh')), ('tgtd', shutil.which('tgtd')),

@@ -327,7 +327,11 @@ class Stored(runner.Test):
         """The store, or the reason why it cannot run here"""
         if os.getuid() != 0:
             raise Skipped('not root')
-        store = STORES[self.name].make(folder)
+        try:
+            store = STORES[self.name].make(folder)
+        except (Failed, OSError) as e:
+            # No loop devices in a container, no such file system in the kernel
+            raise Skipped(str(e)) from e
         absent = [p for p in store.programs if not shutil.which(p)] + \
             [f'driver {d}' for d in store.drivers if d not in drivers()]
         if absent:
