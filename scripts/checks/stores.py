@@ -52,10 +52,20 @@ def wait_for(condition, what, seconds=120):
     return found
 
 
+def children(pid):
+    """The processes that a process has started, and those of theirs"""
+    with contextlib.suppress(OSError), \
+         open(f'/proc/{pid}/task/{pid}/children', encoding='utf-8') as f:
+        for child in map(int, f.read().split()):
+            yield child
+            yield from children(child)
+
+
 def end(process):
-    """Kill it and what it has started"""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kill it and what it has started, also in sessions of their own"""
+    for pid in [process.pid, *children(process.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
@@ -466,9 +476,9 @@ class Ssh(Server):
     port = 13022
     # libssh cuts requests into small ones
     fewer = 0
-    # SFTP has no word for it
-    full = 'failed'
-    lost = '.'
+    # SFTP has no word for it, and libssh does not connect again
+    full = 'Input/output error'
+    lost = 'it stops again'
 
     def __init__(self, folder):
         super().__init__(folder)
