@@ -17,14 +17,27 @@ as_root()
 }
 
 # need_systems GROUP...: what is needed to make systems, with these groups of
-# scripts/packages
+# scripts/packages. From here on what is made belongs to the owner of the clone
+# when the script ends, so that he can remove it.
 need_systems()
 {
     [ "$(id -u)" = 0 ] ||
         die "This makes new systems with debootstrap and chroot; run it as root."
+    trap give_back EXIT
     scripts/deps "$@"
     debian_entry || die "This machine's package sources name no Debian archive" \
         "that could be reached; there is nothing to make a system from."
+    give_back
+}
+
+give_back()
+{
+    local folder
+
+    [ ! -O . ] || return 0
+    for folder in "$TOP" cache; do
+        [ ! -e "$folder" ] || chown -hR --reference=. "$folder"
+    done
 }
 
 # need_space MEGABYTES: in the file system of $TOP, which exists
