@@ -228,6 +228,19 @@ def check_dates(_copy):
                '\n'.join(outputs + dates))
 
 
+def check_source(_copy):
+    """QEMU_SRC is the source of its own version, also if make has no VERSION."""
+    with tempfile.TemporaryDirectory() as folder:
+        qemu = TinyQemu(folder)
+        for given in '', '10.2':
+            output = qemu.run(
+                'python3', '-Bc', 'import sys; sys.path[0] = "scripts"; import '
+                'patchset; print(open(patchset.source("10.2") + "/VERSION")'
+                '.read())', version='10.2', VERSION=given, http_proxy='x:1')[1]
+            yield (f'QEMU_SRC is taken with VERSION="{given}"',
+                   output.endswith('10.2.1\n'), output)
+
+
 def check_patches(_copy):
     """patches/ is as it should be."""
     for name, found in patches.run():
@@ -411,7 +424,7 @@ class Check(runner.Test):
 
 CHECKS = {check.name: check for check in map(Check, (
     check_refused, check_accepted, check_newer, check_tally, check_tree,
-    check_dates, check_patches, check_export, check_examples,
+    check_dates, check_source, check_patches, check_export, check_examples,
     check_references, check_versions, check_maintainers, check_list, check_size,
     install.check_install_script, install.check_install_refused,
     install.check_install, release.check_dist, release.check_update,
