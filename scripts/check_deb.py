@@ -19,7 +19,8 @@ import subprocess
 import sys
 import time
 
-from lab import Failed, RequestLog, make_files_image, qemu_img, verify
+from lab import (
+    Failed, RequestLog, free_port, make_files_image, qemu_img, verify)
 
 LOG = '/root/check-deb.log'
 WORK = '/root/work'
@@ -32,7 +33,7 @@ OURS = sorted({os.path.basename(path).partition('_')[0]
 HAS_SYSTEM = 'qemu-system-x86' in OURS
 TOOLS = ['strace', 'procps', 'e2fsprogs', 'tgt', 'lighttpd']
 LIBVIRT = ['libvirt-daemon', 'libvirt-daemon-driver-qemu', 'libvirt-clients']
-HTTP_PORT, ISCSI_PORT = 18080, 13260
+HTTP_PORT, ISCSI_PORT = free_port(), free_port()
 ISCSI_TARGET = 'iqn.2026-01.example:disk'
 
 # What changes when packages are installed and programs run, and is no trace of

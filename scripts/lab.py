@@ -35,6 +35,12 @@ class Failed(Exception):
     """It cannot go on, or a result is wrong; the text tells why."""
 
 
+def free_port():
+    """A TCP port of 127.0.0.1 that nobody uses now"""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return server.getsockname()[1]
+
+
 def qemu_img(*args):
     """Run qemu-img; returns what it printed."""
     done = subprocess.run([QEMU_IMG, *args], stdin=subprocess.DEVNULL,

@@ -21,7 +21,7 @@ import time
 import typing
 import uuid
 
-from lab import BUILD, Failed, MIB, RequestLog
+from lab import BUILD, Failed, MIB, RequestLog, free_port
 
 # In MiB: the file system, which xfs wants so large; the disk on it; and what is
 # left when it is full
@@ -423,7 +423,7 @@ class Iscsi(Server):
         self.block = block
         # Instances of tgtd have numbers
         self.number = block // 512
-        self.port = 13260 + self.number
+        self.port = free_port()
         self.url = f'iscsi://127.0.0.1:{self.port}/{self.NAME}/1'
         self.node = {'driver': 'iscsi', 'transport': 'tcp', 'lun': 1, 'portal':
                      f'127.0.0.1:{self.port}', 'target': self.NAME}
@@ -473,7 +473,6 @@ class Ssh(Server):
 
     programs = ('/usr/sbin/sshd', 'ssh-keygen', 'ssh-agent', 'ssh-add')
     drivers = ('ssh',)
-    port = 13022
     # libssh cuts requests into small ones
     fewer = 0
     # SFTP has no word for it, and libssh does not connect again
@@ -482,6 +481,7 @@ class Ssh(Server):
 
     def __init__(self, folder):
         super().__init__(folder)
+        self.port = free_port()
         self.url = (f'ssh://root@127.0.0.1:{self.port}{self.path}'
                     '?host_key_check=no')
         self.node = {'driver': 'ssh', 'path': self.path, 'user': 'root',
