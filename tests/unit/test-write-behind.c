@@ -74,7 +74,9 @@ FIXTURE_TEST(overwrite, LARGE(4 * MiB), .no_pad = true)
     /* What is on the child already is written again */
     run_ok(t, op_co_write, .offset = 500, .bytes = 10, .gen = 3);
     g_assert_true(wb_is_dirty(t->wb));
-    hold_flush(t, 1);
+    disk_hold(t->disk);
+    start(t, op_flush);
+    assert_held(t, 1);
 
     /* What is in flight must stay as it is */
     run_fails(t, -EAGAIN, op_co_write, .offset = 500, .bytes = 10, .gen = 4);
@@ -311,7 +313,9 @@ FIXTURE_TEST(flush_growing_later, LARGE(MiB), .max_streams = 8, .align = 512)
     for (int i = 0; i < 5; i++) {
         write_ok(t, i * MiB, 1024);
     }
-    hold_flush(t, 4);
+    disk_hold(t->disk);
+    start(t, op_flush);
+    assert_held(t, 4);
     write_ok(t, 4 * MiB + 1024, 1024);
     let_go(t, 0);
     settle();

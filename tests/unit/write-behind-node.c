@@ -503,13 +503,6 @@ void assert_gap(Test *t, int64_t offset, int64_t bytes, int64_t gap)
     g_assert_cmpint(wb_gap(t->wb, offset, bytes), ==, gap);
 }
 
-void hold_flush(Test *t, unsigned nb_held)
-{
-    disk_hold(t->disk);
-    start(t, op_flush);
-    assert_held(t, nb_held);
-}
-
 void let_go(Test *t, int ret)
 {
     disk_release(t->disk);

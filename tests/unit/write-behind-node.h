@@ -224,9 +224,6 @@ void fail_flush(Test *t, int error);
 /* The disk works again, and a flush succeeds */
 void recover(Test *t);
 
-/* A flush of which the disk holds @nb_held writes */
-void hold_flush(Test *t, unsigned nb_held);
-
 /* What is held goes on, and t->op returns @ret */
 void let_go(Test *t, int ret);
 
