@@ -17,12 +17,14 @@ as_root()
 }
 
 # need_systems GROUP...: what is needed to make systems, with these groups of
-# scripts/packages. From here on what is made belongs to the owner of the clone
-# when the script ends, so that he can remove it.
+# scripts/packages, and no other script that makes some. From here on what is
+# made belongs to the owner of the clone when the script ends, so that he can
+# remove it.
 need_systems()
 {
     [ "$(id -u)" = 0 ] ||
         die "This makes new systems with debootstrap and chroot; run it as root."
+    lock_top
     trap give_back EXIT
     scripts/deps "$@"
     debian_entry || die "This machine's package sources name no Debian archive" \
@@ -118,9 +120,11 @@ result()
 # The folder $TOP, for one script at a time
 lock_top()
 {
-    # In the folder that is there before and after
+    [ -z "${TOP_IS_LOCKED-}" ] || return 0
+    # The folder that is there before and after
     exec 7< .
     flock -n 7 || die "Another script makes Debian systems here."
+    export TOP_IS_LOCKED=1
 }
 
 # in_namespace COMMAND...: with mounts and processes of its own, all of which

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import patchset
 from . import tests
@@ -205,6 +206,10 @@ class Tally:
         print(f'\n{line}', flush=True)
 
 
+# A test that takes long, and has something to clean up, looks at this
+ENDING = threading.Event()
+
+
 def run_tests(some, tally, quiet=False):
     """Run tests, JOBS at a time, and count them; returns those that ran."""
     def run_one(test):
@@ -215,15 +220,21 @@ def run_tests(some, tally, quiet=False):
     running = set()
     finished = []
     with concurrent.futures.ThreadPoolExecutor(JOBS) as pool:
-        while True:
-            while len(running) < JOBS and (test := next(pending, None)):
-                running.add(pool.submit(run_one, test))
-            if not running:
-                return finished
-            done, running = concurrent.futures.wait(
-                running, PROGRESS_SECONDS, concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                finished.append(future.result())
-                tally.count(finished[-1], quiet)
-            if not done and quiet:
-                print(f'  {len(finished)} runs', flush=True)
+        try:
+            while True:
+                while len(running) < JOBS and (test := next(pending, None)):
+                    running.add(pool.submit(run_one, test))
+                if not running:
+                    return finished
+                done, running = concurrent.futures.wait(
+                    running, PROGRESS_SECONDS,
+                    concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    finished.append(future.result())
+                    tally.count(finished[-1], quiet)
+                if not done and quiet:
+                    print(f'  {len(finished)} runs', flush=True)
+        except BaseException:
+            # Those that run end as soon as they can
+            ENDING.set()
+            raise

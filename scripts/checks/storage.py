@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import time
 
+import patchset
 from lab import Failed, KIB, MIB, QEMU_IMG, StorageDaemon, make_once, qemu_img
 from . import programs, runner
 from .stores import STORES, Skipped, run, wait_for
@@ -320,7 +321,7 @@ class Stored(runner.Test):
                 TABLE[self.name] = self.texts
         except Skipped as e:
             self.add('skip', str(e))
-        except Failed as e:
+        except (Failed, OSError) as e:
             self.add('fail', str(e))
 
     def made(self, folder):
@@ -341,6 +342,8 @@ class Stored(runner.Test):
 
     def run_step(self, step):
         title = f'{self.title} {step.__name__}'
+        if runner.ENDING.is_set():
+            raise Skipped('the run was ended')
         try:
             note = step(self)
             if note is not None:
@@ -369,6 +372,7 @@ def storage_tests():
         return []
     found = [Stored(name) for name in programs.wanted(names()) if name in STORES]
     if found:
+        patchset.end_cleanly()
         source()
     return found
 

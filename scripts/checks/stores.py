@@ -568,7 +568,7 @@ class Ceph(Server):
     CONF = """
 [global]
 fsid = {fsid}
-mon host = [v2:127.0.0.1:13300,v1:127.0.0.1:16789]
+mon host = {host}
 mon initial members = a
 auth cluster required = none
 auth service required = none
@@ -605,6 +605,8 @@ bluestore block create = true
         self.node = {'driver': 'rbd', 'pool': 'rbd', 'image': 'disk',
                      'conf': self.conf, 'cache': {'direct': direct}}
         self.requests.prefix = []
+        self.host = (f'[v2:127.0.0.1:{free_port()},v1:127.0.0.1:'
+                     f'{free_port()}]')
 
     def ceph(self, *words):
         return run('timeout', '120', *words, env=self.environment())
@@ -617,14 +619,14 @@ bluestore block create = true
         for name in 'mon', 'mgr', 'osd':
             os.mkdir(os.path.join(self.folder, name))
         with open(self.conf, 'w', encoding='utf-8') as f:
-            f.write(self.CONF.format(fsid=fsid, folder=self.folder))
+            f.write(self.CONF.format(fsid=fsid, folder=self.folder,
+                                     host=self.host))
         keyring, monmap = (os.path.join(self.folder, name)
                            for name in ('keyring', 'monmap'))
         run('ceph-authtool', '--create-keyring', keyring, '--gen-key', '-n',
             'mon.', '--cap', 'mon', 'allow *')
-        run('monmaptool', '--create', '--addv', 'a',
-            '[v2:127.0.0.1:13300,v1:127.0.0.1:16789]', '--fsid', str(fsid),
-            monmap)
+        run('monmaptool', '--create', '--addv', 'a', self.host, '--fsid',
+            str(fsid), monmap)
         self.ceph('ceph-mon', '--mkfs', '-i', 'a', '--monmap', monmap,
                   '--keyring', keyring)
         self.spawn_beside('ceph-mon', '-f', '-i', 'a')
