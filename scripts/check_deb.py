@@ -20,7 +20,8 @@ import sys
 import time
 
 from lab import (
-    Failed, RequestLog, free_port, make_files_image, qemu_img, verify)
+    LIBVIRT_QEMU_CONF, Failed, RequestLog, Skipped, expect, free_port,
+    libvirt_guest, make_files_image, qemu_img, verify, wait_for)
 
 LOG = '/root/check-deb.log'
 WORK = '/root/work'
@@ -44,10 +45,6 @@ NO_TRACE = re.compile(r'/(proc|sys|dev|run|tmp|root|srv|build)(/|$)|/var/'
                       r'/etc/ld\.so\.cache|/etc/apt/sources\.list\.d')
 
 
-class Skipped(Exception):
-    """The step cannot be run with these packages."""
-
-
 def run(*command, **options):
     """The output of a command, which must succeed; the log has it as well."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False,
@@ -66,20 +63,6 @@ def start(command):
     with open(LOG, 'ab') as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log,
                                 stderr=log)
-
-
-def expect(condition, text):
-    if not condition:
-        raise Failed(text)
-
-
-def wait_for(condition, what, seconds=120):
-    """Bounded only so that the run ends"""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        expect(time.monotonic() < end, f'{what}: not in {seconds} s')
-        time.sleep(0.2)
-    return found
 
 
 def versions():
@@ -132,21 +115,6 @@ class Guest:
     """A guest that libvirt starts; its disk is the source image."""
 
     NAME = 'check-deb'
-    XML = f"""
-<domain type='qemu'>
-  <name>{NAME}</name>
-  <memory unit='MiB'>64</memory>
-  <os><type arch='x86_64' machine='pc'>hvm</type></os>
-  <devices>
-    <emulator>/usr/bin/qemu-system-x86_64</emulator>
-    <disk type='file' device='disk'>
-      <driver name='qemu' type='raw'/>
-      <source file='{SOURCE}'/>
-      <target dev='vda' bus='virtio'/>
-    </disk>
-  </devices>
-</domain>
-"""
 
     def __init__(self):
         self.daemon = None
@@ -155,9 +123,7 @@ class Guest:
         """By libvirt, which is started without systemd if it does not run."""
         if self.daemon is None:
             with open('/etc/libvirt/qemu.conf', 'a', encoding='utf-8') as f:
-                f.write('security_driver = "none"\nuser = "root"\n'
-                        'group = "root"\nremember_owner = 0\nnamespaces = []\n'
-                        'cgroup_controllers = []\nstdio_handler = "file"\n')
+                f.write(LIBVIRT_QEMU_CONF)
             program = next(filter(os.path.exists, (
                 '/usr/sbin/virtqemud', '/usr/sbin/libvirtd')))
             self.daemon = start([program])
@@ -165,7 +131,8 @@ class Guest:
                 ['virsh', '-q', 'version'], check=False,
                 capture_output=True).returncode == 0, 'libvirt')
         with open(f'{WORK}/guest.xml', 'w', encoding='utf-8') as f:
-            f.write(self.XML)
+            f.write(libvirt_guest(self.NAME, '/usr/bin/qemu-system-x86_64',
+                                  SOURCE))
         run('virsh', 'create', f'{WORK}/guest.xml')
 
     def stop(self):

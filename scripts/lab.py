@@ -31,14 +31,63 @@ FOLDERS = ['/usr/bin', '/usr/sbin', '/usr/lib', '/usr/share', '/usr/include',
            '/usr/local', '/opt', '/var/lib']
 
 
+# For a libvirt that runs as root, without systemd
+LIBVIRT_QEMU_CONF = """security_driver = "none"
+user = "root"
+group = "root"
+remember_owner = 0
+namespaces = []
+cgroup_controllers = []
+stdio_handler = "file"
+"""
+
+
 class Failed(Exception):
     """It cannot go on, or a result is wrong; the text tells why."""
+
+
+class Skipped(Exception):
+    """It cannot run here; the text tells why."""
+
+
+def expect(condition, text):
+    if not condition:
+        raise Failed(text)
+
+
+def wait_for(condition, what, seconds=120):
+    """What the condition returns, once that is true; bounded only so that the
+    run ends"""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        expect(time.monotonic() < end, f'{what}: not in {seconds} s')
+        time.sleep(0.05)
+    return found
 
 
 def free_port():
     """A TCP port of 127.0.0.1 that nobody uses now"""
     with socket.create_server(('127.0.0.1', 0)) as server:
         return server.getsockname()[1]
+
+
+def libvirt_guest(name, emulator, disk):
+    """The XML of a guest of libvirt with a raw disk, which need not boot"""
+    return f"""<domain type='qemu'>
+  <name>{name}</name>
+  <memory unit='MiB'>64</memory>
+  <features><acpi/></features>
+  <os><type arch='x86_64' machine='pc'>hvm</type></os>
+  <devices>
+    <emulator>{emulator}</emulator>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/>
+      <source file='{disk}'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+  </devices>
+</domain>
+"""
 
 
 def qemu_img(*args):

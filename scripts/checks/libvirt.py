@@ -15,9 +15,9 @@ import shutil
 import subprocess
 import tempfile
 
-from lab import Failed
+from lab import LIBVIRT_QEMU_CONF, Failed, libvirt_guest, wait_for
 from . import runner, storage
-from .stores import Device, Iscsi, end, run, wait_for
+from .stores import Device, Iscsi, end, run
 
 FOLDERS = ' '.join(f'/{where}/libvirt' for where in (
     'etc', 'run', 'var/lib', 'var/cache', 'var/log'))
@@ -33,29 +33,6 @@ for file in passwd group; do
     mount --bind $file /etc/$file || exit 1
 done
 exec "$1"
-"""
-CONFIGURATION = """security_driver = "none"
-user = "root"
-group = "root"
-remember_owner = 0
-namespaces = []
-cgroup_controllers = []
-stdio_handler = "file"
-"""
-GUEST = """<domain type='qemu'>
-  <name>guest</name>
-  <memory unit='MiB'>64</memory>
-  <features><acpi/></features>
-  <os><type arch='x86_64' machine='pc'>hvm</type></os>
-  <devices>
-    <emulator>{emulator}</emulator>
-    <disk type='file' device='disk'>
-      <driver name='qemu' type='raw'/>
-      <source file='{source}'/>
-      <target dev='vda' bus='virtio'/>
-    </disk>
-  </devices>
-</domain>
 """
 PUSH = """<domainbackup mode='push'>
   <disks><disk name='vda' type='block'>
@@ -84,18 +61,18 @@ class Libvirt(storage.Stored):
         return run('nsenter', '-m', '-t', str(self.daemon.pid), 'virsh', '-q',
                    *words)
 
-    def define(self, text, **values):
+    def define(self, text):
         """The path of an XML file"""
         path = os.path.join(self.folder, 'definition.xml')
         with open(path, 'w', encoding='utf-8') as f:
-            f.write(text.format(folder=self.folder, **values))
+            f.write(text)
         return path
 
     def start(self, program, emulator):
         """Start libvirt and the guest"""
         with open(os.path.join(self.folder, 'qemu.conf'), 'w',
                   encoding='utf-8') as f:
-            f.write(CONFIGURATION)
+            f.write(LIBVIRT_QEMU_CONF)
         with open(self.log, 'ab') as log:
             self.daemon = subprocess.Popen(
                 ['unshare', '-m', 'sh', '-c', START, 'sh', program],
@@ -110,13 +87,15 @@ class Libvirt(storage.Stored):
                 return True
 
         wait_for(answers, program)
-        self.virsh('create', self.define(GUEST, emulator=emulator,
-                                         source=storage.source()))
+        # Its own, as it locks it, and the tests of other stores run beside
+        disk = shutil.copy(storage.source(), os.path.join(self.folder, 'disk'))
+        self.virsh('create', self.define(
+            libvirt_guest('guest', emulator, disk)))
 
     def push(self):
         """libvirt makes a qcow2 image on a disk with blocks of 4 KiB"""
         self.virsh('backup-begin', 'guest',
-                   self.define(PUSH, device=self.store.path))
+                   self.define(PUSH.format(device=self.store.path)))
         wait_for(lambda: 'None' in self.virsh('domjobinfo', 'guest'),
                  'the backup', 300)
         self.verify()
@@ -124,7 +103,8 @@ class Libvirt(storage.Stored):
 
     def pull(self):
         """convert -c from libvirt's export to an image on an iSCSI LUN"""
-        self.virsh('backup-begin', 'guest', self.define(PULL))
+        self.virsh('backup-begin', 'guest',
+                   self.define(PULL.format(folder=self.folder)))
         found = {side: self.convert_by(
             cache, origin=f'nbd+unix:///vda?socket={self.folder}/export')
                  for side, cache in (('off', 0), ('default', None))}

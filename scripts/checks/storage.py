@@ -19,9 +19,11 @@ import tempfile
 import time
 
 import patchset
-from lab import Failed, KIB, MIB, QEMU_IMG, StorageDaemon, make_once, qemu_img
+from lab import (
+    KIB, MIB, QEMU_IMG, Failed, Skipped, StorageDaemon, expect, make_once,
+    qemu_img, wait_for)
 from . import programs, runner
-from .stores import STORES, Skipped, run, wait_for
+from .stores import STORES, run
 
 FOLDER = os.path.join(os.environ.get('TEST_DIR') or runner.BUILD,
                       'check-storage')
@@ -35,11 +37,6 @@ COLUMNS = ['convert off', 'default', 'on', '-W off', '-W default', 'backup off',
            'backup default', '4 KiB writes', 'with filter', 'killed', 'full']
 # {store: {column: text}}
 TABLE: 'dict[str, dict[str, str]]' = {}
-
-
-def expect(condition, text):
-    if not condition:
-        raise Failed(text)
 
 
 @functools.cache

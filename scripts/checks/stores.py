@@ -21,15 +21,12 @@ import time
 import typing
 import uuid
 
-from lab import BUILD, Failed, MIB, RequestLog, free_port
+from lab import (
+    BUILD, MIB, Failed, RequestLog, Skipped, free_port, wait_for)
 
 # In MiB: the file system, which xfs wants so large; the disk on it; and what is
 # left when it is full
 SPACE, DISK, LEFT = 352, 192, 4
-
-
-class Skipped(Exception):
-    """It cannot run here; the text tells why."""
 
 
 def run(*command, **options):
@@ -40,16 +37,6 @@ def run(*command, **options):
     if done.returncode:
         raise Failed(f'{" ".join(command)}: {done.stdout}')
     return done.stdout.strip()
-
-
-def wait_for(condition, what, seconds=120):
-    """Bounded only so that the run ends"""
-    late = time.monotonic() + seconds
-    while not (found := condition()):
-        if time.monotonic() > late:
-            raise Failed(f'{what}: not in {seconds} s')
-        time.sleep(0.05)
-    return found
 
 
 def children(pid):
