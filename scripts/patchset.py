@@ -111,10 +111,8 @@ def source(version):
     """The folder with the unpacked source of that version; QEMU_SRC may name it,
     or that of another version"""
     env = {**os.environ, 'VERSION': version}
-    if os.environ.get('QEMU_SRC') and version != subprocess.run(
-            ['scripts/version'], cwd=TOP, check=True, stdout=subprocess.PIPE,
-            text=True).stdout.strip():
-        env.pop('QEMU_SRC')
+    if version != version_in_use():
+        env.pop('QEMU_SRC', None)
     if subprocess.run(['scripts/prepare', '--source-only'], cwd=TOP, env=env,
                       check=False, stdout=sys.stderr).returncode:
         sys.exit(1)
