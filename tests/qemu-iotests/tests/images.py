@@ -2,6 +2,7 @@
 #
 # SPDX-License-Identifier: GPL-2.0-or-later
 
+import json
 import os
 import random
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union
@@ -96,6 +97,11 @@ def opts(**kwargs: Any) -> str:
     '''Options for --image-opts; "__" stands for "." and "_" for "-"'''
     return ','.join(key.replace('__', '.').replace('_', '-') + '=' +
                     str(value) for key, value in kwargs.items())
+
+
+def as_json(node: Node) -> str:
+    """A file name for a node"""
+    return 'json:' + json.dumps(node)
 
 
 def flat_opts(node: Node) -> str:

@@ -2,12 +2,11 @@
 #
 # SPDX-License-Identifier: GPL-2.0-or-later
 
-import json
 import os
 import re
 from typing import List, Sequence, Tuple, Union
 
-from images import KiB, MiB, Node
+from images import KiB, MiB, Node, as_json
 import iotests
 from iotests import qemu_io
 
@@ -20,7 +19,7 @@ def io_output(image: Union[str, Node], *cmds: str,
     '''
     if not isinstance(image, str):
         args = [*args, '-f', image['driver']]
-        image = 'json:' + json.dumps(image)
+        image = as_json(image)
     out: str = qemu_io(*args, *(arg for cmd in cmds for arg in ('-c', cmd)),
                        image, check=False).stdout
     return out
