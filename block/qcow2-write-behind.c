@@ -35,10 +35,10 @@
 #define MAX_COMPRESSED_CACHE_SIZE (1 * GiB)
 
 bool qcow2_compressed_cache_size(BlockDriverState *bs, QemuOpts *opts,
-                                 int64_t *size, Error **errp)
+                                 const char *name, int64_t *size, Error **errp)
 {
     BDRVQcow2State *s = bs->opaque;
-    const char *str = qemu_opt_get(opts, QCOW2_OPT_COMPRESSED_CACHE_SIZE);
+    const char *str = qemu_opt_get(opts, name);
     int64_t min = 2 * (int64_t)s->cluster_size;
     uint64_t value;
 
@@ -50,18 +50,17 @@ bool qcow2_compressed_cache_size(BlockDriverState *bs, QemuOpts *opts,
     if (qemu_strtosz(str, NULL, &value) < 0 ||
         (value != 0 && (value < min || value > MAX_COMPRESSED_CACHE_SIZE)))
     {
-        error_setg(errp, "Invalid value '%s' for option '"
-                   QCOW2_OPT_COMPRESSED_CACHE_SIZE "': expected 0 to turn the "
-                   "cache off, or a size from %" PRId64 " (two clusters) to "
-                   "%" PRId64, str, min, (int64_t)MAX_COMPRESSED_CACHE_SIZE);
+        error_setg(errp, "Invalid value '%s' for option '%s': expected 0 to "
+                   "turn the cache off, or a size from %" PRId64 " (two "
+                   "clusters) to %" PRId64, str, name, min,
+                   (int64_t)MAX_COMPRESSED_CACHE_SIZE);
         return false;
     }
 
     if (value && (s->incompatible_features & QCOW2_INCOMPAT_DATA_FILE)) {
-        error_setg(errp, "Invalid value '%s' for option '"
-                   QCOW2_OPT_COMPRESSED_CACHE_SIZE "': expected 0, because an "
-                   "image with an external data file has no compressed "
-                   "clusters", str);
+        error_setg(errp, "Invalid value '%s' for option '%s': expected 0, "
+                   "because an image with an external data file has no "
+                   "compressed clusters", str, name);
         return false;
     }
 
@@ -96,6 +95,12 @@ static bool GRAPH_RDLOCK qcow2_page_cache_collects(BlockDriverState *bs)
             !(bs->open_flags & BDRV_O_NOCACHE));
 }
 
+int64_t qcow2_default_compressed_cache_size(BlockDriverState *bs)
+{
+    return qcow2_page_cache_collects(bs->file->bs) ?
+           0 : DEFAULT_COMPRESSED_CACHE_SIZE;
+}
+
 void qcow2_update_write_behind(BlockDriverState *bs, int flags)
 {
     BDRVQcow2State *s = bs->opaque;
@@ -111,8 +116,7 @@ void qcow2_update_write_behind(BlockDriverState *bs, int flags)
         (s->incompatible_features & QCOW2_INCOMPAT_DATA_FILE)) {
         opts.cache_size = 0;
     } else if (opts.cache_size == QCOW2_COMPRESSED_CACHE_SIZE_AUTO) {
-        opts.cache_size = qcow2_page_cache_collects(bs->file->bs) ?
-                          0 : DEFAULT_COMPRESSED_CACHE_SIZE;
+        opts.cache_size = qcow2_default_compressed_cache_size(bs);
     }
 
     opts.cache_size = QEMU_ALIGN_DOWN(opts.cache_size, s->cluster_size);

@@ -23,14 +23,24 @@
  * qcow2_compressed_cache_size:
  * @bs: the node; its header has been read.
  * @opts: its runtime options.
- * @size: set to the value of the option compressed-cache-size in bytes, or to
+ * @name: name of the option, of a cache for compressed clusters.
+ * @size: set to the value of the option in bytes, or to
  *        QCOW2_COMPRESSED_CACHE_SIZE_AUTO if it is not given.
  * @errp: set if the value is not acceptable for this image.
  *
  * Returns: true on success.
  */
 bool qcow2_compressed_cache_size(BlockDriverState *bs, QemuOpts *opts,
-                                 int64_t *size, Error **errp);
+                                 const char *name, int64_t *size, Error **errp);
+
+/**
+ * qcow2_default_compressed_cache_size:
+ * @bs: the node.
+ *
+ * Returns: the size of a cache for compressed clusters whose option is not
+ * given, in bytes: 0 if the host has all data below in its page cache.
+ */
+int64_t GRAPH_RDLOCK qcow2_default_compressed_cache_size(BlockDriverState *bs);
 
 /**
  * qcow2_update_write_behind:

@@ -119,6 +119,10 @@ RANDOM = {
                          operations=('TEST_CACHEEXTENTS_OPS', 100000)),
     'qcow2': Part('compressed writes to qcow2 images, by qemu-io',
                   iotests=(('qcow2-compressed-cache-random', 1),)),
+    'qcow2-read': Part('several clients of a qcow2 image with compressed'
+                       ' clusters, and threads', rounds=5,
+                       program='test-compressed-read', cases='/',
+                       iotests=(('qcow2-compressed-read-random', 1),)),
     'faults': Part('a disk that fails at each request of a script, in each way,'
                    ' and an NBD server that disconnects there',
                    program='test-seqcache-faults', cases='/',
@@ -154,6 +158,10 @@ COVERAGE = {
     'block/cacheextents.c': 90,
     'block/block-extents.c': 90,
     'block/filter-common.c': 90,
+    'block/compressed-read.c': 90,
+    'block/compressed-read-ahead.c': 90,
+    'block/compressed-read-entries.c': 90,
+    'block/qcow2-compressed-read.c': 90,
     'block/qcow2-write-behind.c': 90,
     'block/qcow2-compress-ahead.c': 90,
 }

@@ -257,11 +257,13 @@ static int coroutine_fn disk_co_preadv(BlockDriverState *bs, int64_t offset,
 
     d->nb.reads++;
     d->nb_in_flight++;
+    disk_wait_locked(d, &d->hold, DISK_READ);
     n = g_rand_int_range(d->rand, 0, bytes + 1);
     qemu_iovec_from_buf(qiov, 0, d->data + offset, n);
     disk_delay_locked(d);
     qemu_iovec_from_buf(qiov, n, d->data + offset + n, bytes - n);
     ret = disk_result_locked(d, DISK_READ);
+    disk_wait_locked(d, &d->hold_after, DISK_READ);
     d->nb_in_flight--;
     return ret;
 }

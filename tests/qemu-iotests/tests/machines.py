@@ -80,7 +80,19 @@ def cache_stats(machine: Machine, node: str) -> Dict[str, Any]:
     stats = dict(_of_node(machine, 'query-blockstats', node,
                           **{'query-nodes': True}).get('driver-specific', {}))
     stats.pop('driver', None)
+    if 'compressed-read-cache' in stats:
+        return dict(stats.get('compressed-cache', {}))
     return dict(stats.get('compressed-cache', stats))
+
+
+def read_stats(machine: Machine, node: str) -> Dict[str, Any]:
+    '''
+    The statistics of the cache for reads of compressed clusters that a qcow2
+    node has, {} if it has none
+    '''
+    stats = _of_node(machine, 'query-blockstats', node,
+                     **{'query-nodes': True}).get('driver-specific', {})
+    return dict(stats.get('compressed-read-cache', {}))
 
 
 def is_dirty(machine: Machine, node: str) -> bool:

@@ -1,0 +1,299 @@
+/*
+ * Reading compressed clusters: what to read ahead
+ *
+ * This work is licensed under the terms of the GNU GPL, version 2 or later.
+ * See the COPYING file in the top-level directory.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+
+#include "block/block-io.h"
+#include "block/block_int.h"
+#include "block/compressed-read-int.h"
+#include "qemu/units.h"
+#include "trace.h"
+
+/* How many reads ago a stream has gone on if it is still taken for active */
+#define CREAD_ACTIVE_READS 1024
+
+/* Size of the first piece of a stream, and of the later ones */
+#define CREAD_MIN_WINDOW (128 * KiB)
+#define CREAD_MAX_WINDOW (1 * MiB)
+
+/* How many clusters are looked up ahead */
+#define CREAD_MAX_FOLLOWING 256
+
+/* ---- Streams ---- */
+
+/* Called with c->lock held */
+static bool cread_is_active_locked(CompressedReadCache *c,
+                                   const CReadStream *stream)
+{
+    return stream->next >= 0 && stream->nb_exact >= 2 &&
+           c->nb_reads - stream->used <= CREAD_ACTIVE_READS;
+}
+
+/*
+ * A place for a new stream: random reads must not take those of streams that go
+ * on.  Called with c->lock held.
+ */
+static CReadStream *cread_new_stream_locked(CompressedReadCache *c)
+{
+    CReadStream *found = NULL;
+    bool found_active = true;
+
+    for (int i = 0; i < CREAD_STREAMS; i++) {
+        CReadStream *stream = &c->streams[i];
+        bool active = cread_is_active_locked(c, stream);
+
+        if (!found || (found_active && !active) ||
+            (found_active == active && stream->used < found->used)) {
+            found = stream;
+            found_active = active;
+        }
+    }
+    return found;
+}
+
+/*
+ * Readers that are slightly out of order belong to a stream that has gone on
+ * exactly twice
+ */
+CReadStream *cread_note_locked(CompressedReadCache *c, int64_t offset,
+                               int64_t bytes, int64_t end, int64_t hole_start)
+{
+    int64_t near = MAX(8 * c->opts.cluster_size, 1 * MiB);
+    CReadStream *stream, *found = NULL;
+    bool exact = false;
+
+    if (offset % c->opts.cluster_size) {
+        hole_start = offset;
+    }
+
+    for (int i = 0; i < CREAD_STREAMS && !exact; i++) {
+        stream = &c->streams[i];
+        if (stream->next < 0) {
+            continue;
+        }
+        exact = stream->next >= hole_start && stream->next <= offset;
+        if (exact || (!found && cread_is_active_locked(c, stream) &&
+                      offset > stream->next - near &&
+                      offset < stream->next + near)) {
+            found = stream;
+        }
+    }
+
+    if (!found) {
+        found = cread_new_stream_locked(c);
+        *found = (CReadStream) { .window = CREAD_MIN_WINDOW };
+        trace_cread_stream(c->bs, offset, bytes);
+    }
+    found->nb_exact += exact && found->end != end;
+    found->end = end;
+    found->next = MAX(found->next, offset + bytes);
+    found->used = c->nb_reads;
+    return found;
+}
+
+/*
+ * How large a piece may be.  All active streams together do not drop what they
+ * have not used yet.  Called with c->lock held.
+ */
+static int64_t GRAPH_RDLOCK
+cread_window_locked(CompressedReadCache *c, const CReadStream *stream)
+{
+    int64_t limit = c->opts.cache_size / 4 * 3;
+    int64_t max_transfer = c->bs->file->bs->bl.max_transfer;
+    unsigned nb_active = 0;
+
+    for (int i = 0; i < CREAD_STREAMS; i++) {
+        nb_active += cread_is_active_locked(c, &c->streams[i]);
+    }
+    limit = MIN(limit / (2 * MAX(nb_active, 1)), CREAD_MAX_WINDOW);
+    return MIN_NON_ZERO(MIN(limit, stream->window), max_transfer);
+}
+
+void cread_note_failure_locked(CompressedReadCache *c, CReadEntry *piece)
+{
+    c->stats.errors++;
+    c->failed = piece->extent;
+    for (int i = 0; i < CREAD_STREAMS; i++) {
+        c->streams[i].window = CREAD_MIN_WINDOW;
+    }
+}
+
+/* ---- Pieces ---- */
+
+/* What may be read ahead, in guest order */
+typedef struct CReadAhead {
+    CompressedExtent extents[CREAD_MAX_FOLLOWING];
+    int nb_extents;
+    /* What the reader will find in pieces before it comes to the first one */
+    int nb_covered;
+    int64_t bytes_covered;
+} CReadAhead;
+
+/*
+ * Look up which clusters follow that are not in a piece.  Called with c->lock
+ * held.
+ */
+static void GRAPH_RDLOCK
+cread_look_ahead_locked(CompressedReadCache *c, int64_t start, int64_t end,
+                        CReadAhead *ahead)
+{
+    int n = 0;
+
+    ahead->nb_extents = 0;
+    ahead->nb_covered = 0;
+    ahead->bytes_covered = 0;
+
+    if (end > start) {
+        n = c->opts.following(c->bs, start, end, ahead->extents,
+                              CREAD_MAX_FOLLOWING);
+    }
+    for (int i = 0; i < n; i++) {
+        CompressedExtent *extent = &ahead->extents[i];
+
+        if (extents_overlap(extent, &c->failed)) {
+            continue;
+        }
+        if (!cread_find_piece_locked(c, extent)) {
+            ahead->extents[ahead->nb_extents++] = *extent;
+        } else if (!ahead->nb_extents) {
+            ahead->nb_covered++;
+            ahead->bytes_covered += extent->bytes;
+        }
+    }
+}
+
+static int compare_extents(const void *a, const void *b)
+{
+    const CompressedExtent *x = a, *y = b;
+
+    return x->offset < y->offset ? -1 : x->offset > y->offset;
+}
+
+/*
+ * The range around @first of at most @window bytes that has as many of the
+ * clusters in @ahead, which is sorted, as possible.  What is between them is
+ * never as much as a cluster, so no other cluster is read.
+ *
+ * Returns: the range; of 0 bytes if it would have no other cluster than @first.
+ */
+static CompressedExtent GRAPH_RDLOCK
+cread_range(CompressedReadCache *c, CReadAhead *ahead, CompressedExtent first,
+            int64_t window)
+{
+    uint32_t align = c->bs->file->bs->bl.request_alignment;
+    int64_t start = first.offset, end = extent_end(&first);
+    CompressedExtent *extents = ahead->extents;
+    int i, middle = 0, nb_others = 0;
+
+    qsort(extents, ahead->nb_extents, sizeof(*extents), compare_extents);
+    while (middle < ahead->nb_extents && extents[middle].offset < start) {
+        middle++;
+    }
+
+    for (i = middle; i < ahead->nb_extents; i++) {
+        if (extents[i].offset - end >= c->opts.cluster_size ||
+            extent_end(&extents[i]) - start > window) {
+            break;
+        }
+        nb_others += extents[i].offset != first.offset;
+        end = MAX(end, extent_end(&extents[i]));
+    }
+    for (i = middle - 1; i >= 0; i--) {
+        if (start - extent_end(&extents[i]) >= c->opts.cluster_size ||
+            end - extents[i].offset > window) {
+            break;
+        }
+        nb_others++;
+        start = extents[i].offset;
+    }
+    if (!nb_others) {
+        return (CompressedExtent) { 0, 0 };
+    }
+
+    /* No bounce buffer */
+    start = QEMU_ALIGN_DOWN(start, align);
+    end = QEMU_ALIGN_UP(end, align);
+    return (CompressedExtent) { start, end - start };
+}
+
+CReadEntry *cread_add_piece_locked(CompressedReadCache *c,
+                                   CompressedExtent range)
+{
+    return cread_add_locked(c, &c->pieces, range, range.bytes,
+                            bdrv_opt_mem_align(c->bs->file->bs));
+}
+
+/*
+ * Whether the reader will find in pieces half a window of what follows.  If so,
+ * this need not be looked up again as long as it is so.
+ */
+static bool cread_is_covered(CompressedReadCache *c, CReadStream *stream,
+                             const CReadAhead *ahead, int64_t cluster_end,
+                             int64_t window)
+{
+    int64_t nb_more = ahead->nb_covered;
+
+    if (ahead->nb_covered < CREAD_MAX_FOLLOWING / 2) {
+        if (ahead->bytes_covered < window / 2) {
+            return false;
+        }
+        nb_more -= ahead->nb_covered * (window / 2) / ahead->bytes_covered;
+    } else {
+        nb_more -= CREAD_MAX_FOLLOWING / 2;
+    }
+    stream->look_at = cluster_end + nb_more * c->opts.cluster_size;
+    return true;
+}
+
+void cread_choose_piece_locked(CompressedRead *read, CReadStream *stream,
+                               int64_t cluster_end, int64_t end)
+{
+    CompressedReadCache *c = read->c;
+    bool sequential = stream->nb_exact > 0;
+    g_autofree CReadAhead *ahead = NULL;
+    CompressedExtent range;
+    int64_t window;
+
+    read->piece = cread_find_piece_locked(c, &read->extent);
+    if (read->piece) {
+        c->stats.hits++;
+        cread_use_locked(c, &c->pieces, read->piece);
+        if (!sequential || cluster_end <= stream->look_at) {
+            return;
+        }
+    } else {
+        c->stats.misses++;
+        if ((!sequential && end <= cluster_end) ||
+            extents_overlap(&read->extent, &c->failed)) {
+            return;
+        }
+    }
+
+    ahead = g_new(CReadAhead, 1);
+    cread_look_ahead_locked(c, cluster_end, sequential ? INT64_MAX : end,
+                            ahead);
+    window = cread_window_locked(c, stream);
+    if (!ahead->nb_extents ||
+        (read->piece &&
+         cread_is_covered(c, stream, ahead, cluster_end, window))) {
+        return;
+    }
+
+    read->first = read->piece ? ahead->extents[0] : read->extent;
+    range = cread_range(c, ahead, read->first, window);
+    if (read->piece) {
+        read->ahead = range;
+    } else if (range.bytes) {
+        read->piece = cread_add_piece_locked(c, range);
+        read->read_piece = read->piece;
+    }
+    if (range.bytes) {
+        stream->window = MIN(2 * stream->window, CREAD_MAX_WINDOW);
+    }
+}

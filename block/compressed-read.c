@@ -1,0 +1,298 @@
+/*
+ * Reading compressed clusters: read ahead, and decompressed clusters
+ *
+ * This work is licensed under the terms of the GNU GPL, version 2 or later.
+ * See the COPYING file in the top-level directory.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * What is read ahead is what the next clusters of the image point to, and not
+ * what follows in the file: images that were written in parallel have their
+ * clusters in another order, and between them there can be normal clusters.  A
+ * piece has the clusters whose data lies close to each other, as far as one
+ * request may reach.
+ *
+ * There are no background coroutines.  A reader that finds nothing reads a
+ * piece instead of one cluster, and others wait for it.  A reader that comes
+ * near the end of what was read ahead does its own work, and then reads the
+ * next piece before it returns.  Whoever reads a piece has the graph lock for
+ * as long as this takes, and no lock of the format driver, so nobody who waits
+ * for it can stop it.  A reader waits only for what was begun before its own
+ * cread_begin(), so readers do not wait for each other in a circle.
+ *
+ * An error of a piece is nobody's error: each of its readers then reads exactly
+ * its own cluster.
+ *
+ * block/compressed-read-entries.c keeps pieces and decompressed clusters, and
+ * block/compressed-read-ahead.c decides what a piece is.
+ */
+
+#include "qemu/osdep.h"
+
+#include "block/block-io.h"
+#include "block/block_int.h"
+#include "block/compressed-read-int.h"
+#include "qemu/memalign.h"
+#include "trace.h"
+
+CompressedReadCache *cread_new(BlockDriverState *bs,
+                               const CompressedReadOptions *opts)
+{
+    CompressedReadCache *c = g_new0(CompressedReadCache, 1);
+
+    assert(opts->cache_size >= 2 * opts->cluster_size);
+
+    c->bs = bs;
+    c->opts = *opts;
+    qemu_mutex_init(&c->lock);
+    QTAILQ_INIT(&c->pieces.entries);
+    QTAILQ_INIT(&c->clusters.entries);
+    for (int i = 0; i < CREAD_STREAMS; i++) {
+        c->streams[i].next = -1;
+    }
+    return c;
+}
+
+int64_t cread_cache_size(const CompressedReadCache *c)
+{
+    return c->opts.cache_size;
+}
+
+void cread_free(CompressedReadCache *c)
+{
+    if (!c) {
+        return;
+    }
+
+    cread_forget(c, 0, INT64_MAX);
+    assert(!c->bytes);
+    qemu_mutex_destroy(&c->lock);
+    g_free(c);
+}
+
+/* ---- Pieces ---- */
+
+/* Read a piece, and tell those who wait for it */
+static void coroutine_fn GRAPH_RDLOCK
+cread_co_read_piece(CompressedReadCache *c, CReadEntry *piece, bool ahead)
+{
+    QEMUIOVector qiov;
+    int ret;
+
+    trace_cread_read_piece(c->bs, piece->extent.offset, piece->extent.bytes,
+                           ahead);
+    qemu_iovec_init_buf(&qiov, piece->buf, piece->extent.bytes);
+    ret = c->opts.read(c->bs, piece->extent.offset, piece->extent.bytes, &qiov);
+    trace_cread_piece_done(c->bs, piece->extent.offset, piece->extent.bytes,
+                           ret);
+
+    QEMU_LOCK_GUARD(&c->lock);
+
+    c->stats.pieces++;
+    c->stats.piece_bytes += piece->extent.bytes;
+    if (ret < 0) {
+        cread_note_failure_locked(c, piece);
+        if (piece->listed) {
+            cread_unlist_locked(c, &c->pieces, piece);
+        }
+    }
+    cread_done_locked(piece, ret >= 0);
+}
+
+/* Read the next piece, if nobody else has begun to meanwhile */
+static void coroutine_fn GRAPH_RDLOCK
+cread_co_read_ahead(CompressedReadCache *c, const CompressedExtent *first,
+                    CompressedExtent range)
+{
+    CReadEntry *piece = NULL;
+
+    WITH_QEMU_LOCK_GUARD(&c->lock) {
+        if (c->bs->file && c->bs->file->bs == c->child_bs &&
+            !cread_find_piece_locked(c, first)) {
+            piece = cread_add_piece_locked(c, range);
+        }
+    }
+    if (!piece) {
+        return;
+    }
+
+    cread_co_read_piece(c, piece, true);
+
+    WITH_QEMU_LOCK_GUARD(&c->lock) {
+        cread_unuse_locked(c, piece);
+    }
+}
+
+/* ---- Reads ---- */
+
+CompressedRead *cread_begin(CompressedReadCache *c, int64_t offset,
+                            int64_t bytes, int64_t end, int64_t hole_start,
+                            CompressedExtent extent)
+{
+    int64_t offset_in_cluster = offset % c->opts.cluster_size;
+    int64_t cluster_start = offset - offset_in_cluster;
+    CompressedRead *read;
+    CReadStream *stream;
+
+    if (!c->bs->file || (c->bs->open_flags & BDRV_O_INACTIVE)) {
+        return NULL;
+    }
+
+    QEMU_LOCK_GUARD(&c->lock);
+
+    if (c->child_bs != c->bs->file->bs) {
+        cread_forget_locked(c, &(CompressedExtent) { 0, INT64_MAX });
+        c->child_bs = c->bs->file->bs;
+    }
+
+    read = g_new0(CompressedRead, 1);
+    *read = (CompressedRead) {
+        .c = c,
+        .extent = extent,
+        .offset_in_cluster = offset_in_cluster,
+        .bytes = bytes,
+    };
+
+    c->nb_reads++;
+    stream = cread_note_locked(c, offset, bytes, end, hole_start);
+
+    read->cluster = cread_find_cluster_locked(c, &extent);
+    if (read->cluster) {
+        c->stats.cluster_hits++;
+        cread_use_locked(c, &c->clusters, read->cluster);
+        return read;
+    }
+
+    cread_choose_piece_locked(read, stream,
+                              cluster_start + c->opts.cluster_size, end);
+    if (bytes < c->opts.cluster_size) {
+        read->cluster = cread_add_locked(c, &c->clusters, extent,
+                                         c->opts.cluster_size, 64);
+        read->make_cluster = read->cluster;
+    }
+    if (!read->piece && !read->cluster) {
+        g_free(read);
+        return NULL;
+    }
+    return read;
+}
+
+/* Read exactly the compressed data of one cluster, and decompress it */
+static int coroutine_fn GRAPH_RDLOCK
+cread_co_decompress_own(CompressedRead *read, void *dest)
+{
+    CompressedReadCache *c = read->c;
+    g_autofree void *buf = g_try_malloc(read->extent.bytes);
+    QEMUIOVector qiov;
+    int ret;
+
+    if (!buf) {
+        return -ENOMEM;
+    }
+    qemu_iovec_init_buf(&qiov, buf, read->extent.bytes);
+    ret = c->opts.read(c->bs, read->extent.offset, read->extent.bytes, &qiov);
+    if (ret < 0) {
+        return ret;
+    }
+    return c->opts.decompress(c->bs, dest, c->opts.cluster_size, buf,
+                              read->extent.bytes) < 0 ? -EIO : 0;
+}
+
+/*
+ * Decompress the cluster.  Data of a piece that is not good is read again: what
+ * the caller gets to know is about its own cluster.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+cread_co_decompress(CompressedRead *read, void *dest)
+{
+    CompressedReadCache *c = read->c;
+    bool ok = false;
+
+    if (read->read_piece) {
+        cread_co_read_piece(c, read->piece, false);
+    }
+    if (read->piece) {
+        WITH_QEMU_LOCK_GUARD(&c->lock) {
+            ok = cread_co_wait_locked(c, read->piece);
+        }
+    }
+    if (ok) {
+        uint8_t *src = (uint8_t *)read->piece->buf + read->extent.offset -
+                       read->piece->extent.offset;
+
+        ok = c->opts.decompress(c->bs, dest, c->opts.cluster_size, src,
+                                read->extent.bytes) >= 0;
+    }
+    return ok ? 0 : cread_co_decompress_own(read, dest);
+}
+
+/* Make the cluster that others can wait for */
+static int coroutine_fn GRAPH_RDLOCK cread_co_make_cluster(CompressedRead *read)
+{
+    CompressedReadCache *c = read->c;
+    int ret = cread_co_decompress(read, read->cluster->buf);
+
+    QEMU_LOCK_GUARD(&c->lock);
+
+    if (ret < 0 && read->cluster->listed) {
+        cread_unlist_locked(c, &c->clusters, read->cluster);
+    }
+    cread_done_locked(read->cluster, ret >= 0);
+    return ret;
+}
+
+int coroutine_fn cread_co_read(CompressedRead *read, QEMUIOVector *qiov,
+                               size_t qiov_offset)
+{
+    CompressedReadCache *c = read->c;
+    uint8_t *buf = NULL, *out_buf = NULL;
+    int ret = 0;
+
+    if (read->make_cluster) {
+        ret = cread_co_make_cluster(read);
+        buf = read->cluster->buf;
+    } else if (read->cluster) {
+        WITH_QEMU_LOCK_GUARD(&c->lock) {
+            if (cread_co_wait_locked(c, read->cluster)) {
+                buf = read->cluster->buf;
+            }
+        }
+    }
+    if (!buf) {
+        buf = out_buf = qemu_try_memalign(64, c->opts.cluster_size);
+        ret = buf ? cread_co_decompress(read, buf) : -ENOMEM;
+    }
+    if (ret >= 0) {
+        qemu_iovec_from_buf(qiov, qiov_offset, buf + read->offset_in_cluster,
+                            read->bytes);
+    }
+    qemu_vfree(out_buf);
+
+    WITH_QEMU_LOCK_GUARD(&c->lock) {
+        if (read->piece) {
+            cread_unuse_locked(c, read->piece);
+        }
+        if (read->cluster) {
+            cread_unuse_locked(c, read->cluster);
+        }
+    }
+    if (read->ahead.bytes && ret >= 0) {
+        cread_co_read_ahead(c, &read->first, read->ahead);
+    }
+    g_free(read);
+    return ret;
+}
+
+/* ---- Statistics ---- */
+
+BlockStatsCompressedRead *cread_get_stats(CompressedReadCache *c)
+{
+    QEMU_LOCK_GUARD(&c->lock);
+
+    BlockStatsCompressedRead *stats =
+        g_memdup2(&c->stats, sizeof(c->stats));
+
+    stats->cache_size = c->opts.cache_size;
+    stats->cached_bytes = c->bytes;
+    return stats;
+}
