@@ -121,8 +121,10 @@ qcow2_co_compress_ahead(BlockDriverState *bs, uint64_t offset, const void *src,
         ret = -ECANCELED;
     } else if (len >= 0) {
         ret = qcow2_co_write_compressed(bs, offset, dest, len, allocs);
+    } else if (len == -ENOMEM) {
+        ret = qcow2_co_write_incompressible(bs, offset, src);
     } else {
-        ret = len == -ENOMEM ? 1 : -EINVAL;
+        ret = -EINVAL;
     }
 
     WITH_QEMU_LOCK_GUARD(&s->lock) {

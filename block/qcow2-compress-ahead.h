@@ -78,12 +78,15 @@ void qcow2_put_compress_buf(BlockDriverState *bs, void *buf);
  * @allocs: array of Qcow2CompressedAlloc; what is allocated is appended.
  *
  * Compress a cluster, and write it to the cache when those that were begun
- * before are written.  On failure, the caller undoes everything in @allocs.
+ * before are written.  If it does not compress, qcow2_co_write_incompressible()
+ * is called for it.  On failure, the caller undoes everything in @allocs;
+ * clusters that do not compress are not among them, because they can be written
+ * again as they are.
  *
- * Returns: 0 on success; 1 if the data cannot be compressed, so that the caller
- * must write it as a normal cluster, which begins in the same order if the
- * caller does not yield before; -ECANCELED if the image was abandoned; another
- * -errno on failure.
+ * Returns: 0 on success; 1 if the data cannot be compressed and the cache does
+ * not take it as it is, so that the caller must write it as a normal cluster,
+ * which begins in the same order if the caller does not yield before;
+ * -ECANCELED if the image was abandoned; another -errno on failure.
  */
 int coroutine_fn GRAPH_RDLOCK
 qcow2_co_compress_ahead(BlockDriverState *bs, uint64_t offset, const void *src,

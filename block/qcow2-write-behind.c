@@ -12,12 +12,24 @@
  * its last cluster.  That is why a write that does not continue the stream
  * always begins a new host cluster, and why one cluster is enough to reserve.
  *
+ * A cluster that does not compress goes the same way as a whole host cluster,
+ * which is from then on an ordinary normal cluster.  Data is accepted only in
+ * the section of s->lock that allocates its host cluster.  So as long as the
+ * cluster stays allocated, it can leave the cache, but not enter it: what is
+ * found out under s->lock to be on the file stays there.
+ *
  * What holds elsewhere in qcow2:
  * - No L2 table is written to the file before the data that it points to is
  *   there and flushed (qcow2_cache_entry_flush(); if an earlier flush could not
  *   cover that data, qcow2_cache_flush_dependency() asks for another).
  * - A host cluster whose refcount becomes 0 has nothing cached or in flight
  *   (update_refcount()), so it can be allocated again.
+ * - Whoever accesses normal clusters in the file itself writes out first what
+ *   is cached of them: qcow2_alloc_host_offset() does for all that write, and
+ *   qcow2_co_copy_range_from().  Reads look here first
+ *   (qcow2_co_preadv_part()).
+ * - While the cache is dirty, the block status of the file says nothing
+ *   (qcow2_co_block_status()).
  */
 
 #include "qemu/osdep.h"
@@ -30,9 +42,13 @@
 #include "qemu/units.h"
 #include "qcow2.h"
 #include "qcow2-write-behind.h"
+#include "trace.h"
 
 #define DEFAULT_COMPRESSED_CACHE_SIZE (16 * MiB)
 #define MAX_COMPRESSED_CACHE_SIZE (1 * GiB)
+
+/* How much larger the file gets at most, to have fewer requests */
+#define FILL_PERCENT 5
 
 bool qcow2_compressed_cache_size(BlockDriverState *bs, QemuOpts *opts,
                                  const char *name, int64_t *size, Error **errp)
@@ -109,6 +125,7 @@ void qcow2_update_write_behind(BlockDriverState *bs, int flags)
         .cluster_size = s->cluster_size,
         .max_streams = 1,
         .pad = true,
+        .fill_percent = FILL_PERCENT,
         .event = BLKDBG_WRITE_COMPRESSED,
     };
 
@@ -130,6 +147,7 @@ void qcow2_update_write_behind(BlockDriverState *bs, int flags)
 
     wb_free(s->write_behind);
     s->write_behind = opts.cache_size ? wb_new(bs, &opts) : NULL;
+    qatomic_set(&s->incompressible_requests, 0);
 }
 
 int qcow2_flush_write_behind(BlockDriverState *bs, bool end_stream)
@@ -201,6 +219,142 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
     }
 
     return 0;
+}
+
+/* What qcow2_co_write_incompressible() does in one section of s->lock */
+static int coroutine_fn GRAPH_RDLOCK
+qcow2_co_write_incompressible_locked(BlockDriverState *bs, uint64_t offset,
+                                     const void *buf)
+{
+    BDRVQcow2State *s = bs->opaque;
+    WriteBehind *wb = s->write_behind;
+    unsigned bytes = s->cluster_size;
+    QCow2SubclusterType type;
+    uint64_t host_offset = 0;
+    QCowL2Meta *m = NULL;
+    int ret;
+
+    ret = qcow2_get_host_offset(bs, offset, &bytes, &host_offset, &type);
+    if (ret >= 0 && (qcow2_find_write_in_flight(bs, offset) ||
+                     (type != QCOW2_SUBCLUSTER_UNALLOCATED_PLAIN &&
+                      type != QCOW2_SUBCLUSTER_ZERO_PLAIN))) {
+        ret = 1;
+    }
+    if (ret != 0) {
+        wb_unreserve(wb, 1);
+        return ret;
+    }
+
+    /* There is no write to wait for, and nothing to be copied */
+    bytes = s->cluster_size;
+    ret = qcow2_alloc_host_offset(bs, offset, &bytes, &host_offset, &m);
+    if (ret >= 0) {
+        assert(bytes == s->cluster_size && m && !m->next);
+        ret = qcow2_pre_write_overlap_check(bs, 0, host_offset, bytes, true);
+    }
+    if (ret >= 0) {
+        /* Also with lazy refcounts: it brings a flush between data and L2 */
+        ret = qcow2_cache_set_dependency(bs, s->l2_table_cache,
+                                         s->refcount_block_cache);
+    }
+    if (ret < 0) {
+        wb_unreserve(wb, 1);
+    } else if (!wb_accept(wb, 1, host_offset, bytes, buf)) {
+        /* Only corrupt refcounts can make the allocator return this cluster */
+        qcow2_signal_corruption(bs, true, host_offset, bytes, "Preventing "
+                                "invalid write of data to a cluster in use");
+        ret = -EIO;
+    } else {
+        ret = qcow2_alloc_cluster_link_l2(bs, m);
+    }
+    trace_qcow2_write_incompressible(bs, offset, host_offset, ret);
+
+    if (ret < 0 && m) {
+        /* Frees the cluster, so that it leaves the cache as well */
+        qcow2_alloc_cluster_abort(bs, m);
+    }
+    if (m) {
+        QLIST_REMOVE(m, next_in_flight);
+        qemu_co_queue_restart_all(&m->dependent_requests);
+        g_free(m);
+    }
+    return ret;
+}
+
+int coroutine_fn
+qcow2_co_write_incompressible(BlockDriverState *bs, uint64_t offset,
+                              const void *buf)
+{
+    BDRVQcow2State *s = bs->opaque;
+    int ret;
+
+    if (bs->encrypted) {
+        return 1;
+    }
+
+    ret = wb_co_reserve(s->write_behind, 1);
+    if (ret < 0) {
+        return ret;
+    }
+
+    WITH_QEMU_LOCK_GUARD(&s->lock) {
+        ret = qcow2_co_write_incompressible_locked(bs, offset, buf);
+    }
+    if (ret == 0) {
+        qatomic_inc(&s->incompressible_requests);
+    }
+    return ret;
+}
+
+bool coroutine_fn
+qcow2_co_read_normal(BlockDriverState *bs, uint64_t host_offset,
+                     unsigned *bytes, QEMUIOVector *qiov, size_t qiov_offset)
+{
+    BDRVQcow2State *s = bs->opaque;
+    int64_t piece = *bytes;
+    bool cached;
+
+    if (!s->write_behind) {
+        return false;
+    }
+    cached = wb_read_piece(s->write_behind, host_offset, &piece, qiov,
+                           qiov_offset);
+    *bytes = piece;
+    return cached;
+}
+
+int coroutine_fn
+qcow2_co_write_out(BlockDriverState *bs, uint64_t host_offset, uint64_t bytes)
+{
+    BDRVQcow2State *s = bs->opaque;
+    uint64_t start = start_of_cluster(s, host_offset);
+
+    if (!s->write_behind) {
+        return 0;
+    }
+    return wb_co_write_out(s->write_behind, start,
+                           ROUND_UP(host_offset + bytes, s->cluster_size) -
+                           start);
+}
+
+void qcow2_drop_cached(BlockDriverState *bs, uint64_t l2_entry)
+{
+    BDRVQcow2State *s = bs->opaque;
+    QCow2ClusterType type = qcow2_get_cluster_type(bs, l2_entry);
+
+    if (s->write_behind && !wb_is_empty(s->write_behind) &&
+        (l2_entry & QCOW_OFLAG_COPIED) &&
+        (type == QCOW2_CLUSTER_NORMAL || type == QCOW2_CLUSTER_ZERO_ALLOC)) {
+        wb_discard(bs, s->write_behind, l2_entry & L2E_OFFSET_MASK,
+                   s->cluster_size);
+    }
+}
+
+bool qcow2_has_dirty_cache(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = bs->opaque;
+
+    return s->write_behind && wb_is_dirty(s->write_behind);
 }
 
 int coroutine_fn
@@ -295,5 +449,7 @@ BlockStatsSpecific *qcow2_get_specific_stats(BlockDriverState *bs)
     stats = g_new0(BlockStatsSpecific, 1);
     stats->driver = BLOCKDEV_DRIVER_QCOW2;
     stats->u.qcow2.compressed_cache = wb_get_stats(s->write_behind);
+    stats->u.qcow2.incompressible_requests =
+        qatomic_read(&s->incompressible_requests);
     return stats;
 }

@@ -95,6 +95,76 @@ qcow2_co_write_compressed(BlockDriverState *bs, uint64_t offset,
                           const void *buf, int bytes, GArray *allocs);
 
 /**
+ * qcow2_co_write_incompressible:
+ * @bs: the node; s->lock is not held, and the node has a cache.
+ * @offset: guest offset of a cluster.
+ * @buf: the data of the whole cluster; copied.
+ *
+ * Allocate a normal cluster and accept its data.  That is done if nothing is
+ * allocated for the guest cluster and no write in flight touches it, and if the
+ * image is not encrypted.
+ *
+ * Returns: 0 on success; 1 if nothing was done, so that the caller must write
+ * the cluster; -errno on failure.
+ */
+int coroutine_fn GRAPH_RDLOCK
+qcow2_co_write_incompressible(BlockDriverState *bs, uint64_t offset,
+                              const void *buf);
+
+/**
+ * qcow2_co_read_normal:
+ * @bs: the node; s->lock is held since @host_offset was looked up.
+ * @host_offset: where to read in the file; in normal clusters.
+ * @bytes: how much to read; set to the size of the first piece.
+ * @qiov: filled with the piece if it is cached.
+ * @qiov_offset: where in @qiov to begin.
+ *
+ * Read what is cached at the start of a range of normal clusters; see
+ * wb_read_piece().
+ *
+ * Returns: true if the piece was read; false if it is in the file, also when
+ * the caller reads it after it has released s->lock.
+ */
+bool coroutine_fn
+qcow2_co_read_normal(BlockDriverState *bs, uint64_t host_offset,
+                     unsigned *bytes, QEMUIOVector *qiov, size_t qiov_offset);
+
+/**
+ * qcow2_co_write_out:
+ * @bs: the node; s->lock is held since @host_offset was looked up.
+ * @host_offset: start of a range in the file, in normal clusters.
+ * @bytes: its size.
+ *
+ * Write out what is cached of the clusters that the range touches, because the
+ * caller accesses them in the file; also after it has released s->lock.
+ *
+ * Returns: 0 on success, also if the node has no cache; -errno on failure.
+ */
+int coroutine_fn GRAPH_RDLOCK
+qcow2_co_write_out(BlockDriverState *bs, uint64_t host_offset, uint64_t bytes);
+
+/**
+ * qcow2_drop_cached:
+ * @bs: the node; s->lock is held, or nobody else uses the node.
+ * @l2_entry: the entry that a cluster had, whose data is not wanted any more,
+ *            and whose space stays allocated.
+ *
+ * Drop what is cached of the cluster, and wait for a write to it in flight.
+ * Does nothing if a snapshot can have the data.
+ */
+void coroutine_mixed_fn GRAPH_RDLOCK
+qcow2_drop_cached(BlockDriverState *bs, uint64_t l2_entry);
+
+/**
+ * qcow2_has_dirty_cache:
+ * @bs: the node; s->lock is held.
+ *
+ * Returns: whether there is data in the cache that may not be in the file, so
+ * that a hole in the file can be in a cluster that has data.
+ */
+bool qcow2_has_dirty_cache(BlockDriverState *bs);
+
+/**
  * qcow2_co_read_cached:
  * @bs: the node; s->lock is held since @l2_entry was looked up.
  * @l2_entry: entry of a compressed cluster.

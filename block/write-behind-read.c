@@ -100,6 +100,28 @@ int coroutine_fn wb_co_preadv_part(WriteBehind *wb,
     return 0;
 }
 
+bool coroutine_fn wb_read_piece(WriteBehind *wb, int64_t offset, int64_t *bytes,
+                                QEMUIOVector *qiov, size_t qiov_offset)
+{
+    int64_t found;
+
+    if (wb_is_empty(wb)) {
+        return false;
+    }
+
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    found = seqcache_read(wb->cache, offset, *bytes, qiov, qiov_offset);
+    if (!found) {
+        *bytes = seqcache_gap(wb->cache, offset, *bytes);
+        return false;
+    }
+    wb->stats.read_hits++;
+    wb->stats.read_hit_bytes += found;
+    *bytes = found;
+    return true;
+}
+
 int64_t wb_gap(WriteBehind *wb, int64_t offset, int64_t bytes)
 {
     QEMU_LOCK_GUARD(&wb->lock);

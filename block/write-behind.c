@@ -64,6 +64,7 @@ WriteBehind *wb_new(BlockDriverState *bs, const WriteBehindOptions *opts)
         .cluster_size = opts->cluster_size,
         .max_unfinished = opts->max_streams,
         .pad = opts->pad,
+        .fill_percent = opts->fill_percent,
     };
 
     wb->bs = bs;
@@ -554,6 +555,11 @@ int64_t coroutine_fn wb_co_write(WriteBehind *wb, int64_t offset, int64_t bytes,
     return n;
 }
 
+bool wb_is_empty(WriteBehind *wb)
+{
+    return !seqcache_nb_clusters(wb->cache);
+}
+
 bool wb_is_dirty(WriteBehind *wb)
 {
     QEMU_LOCK_GUARD(&wb->lock);
@@ -620,6 +626,10 @@ int coroutine_fn wb_co_flush(BlockDriverState *bs, WriteBehind *wb)
 int coroutine_fn wb_co_write_out(WriteBehind *wb,
                                  int64_t offset, int64_t bytes)
 {
+    if (wb_is_empty(wb)) {
+        return 0;
+    }
+
     QEMU_LOCK_GUARD(&wb->lock);
 
     if (seqcache_gap(wb->cache, offset, bytes) == bytes) {

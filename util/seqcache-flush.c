@@ -119,7 +119,30 @@ static void run_init(const SeqCache *s, SeqRun *run, SeqCluster *first,
     run->first = run->last = first;
     run->bytes = padded_end(s, first, limits->align) -
                  pending_begin(first, limits->align);
+    run->filled = 0;
     run->niov = 1;
+}
+
+/*
+ * How many zeroes, beside the padding, are between the last cluster of a run
+ * and the next one.
+ *
+ * Returns: their number; -1 if they are not allowed.
+ */
+static int64_t run_fill(const SeqCache *s, const SeqRun *run, int64_t align)
+{
+    const SeqCluster *c = run->last;
+    uint32_t fill;
+
+    if (pending_end(c) == s->cluster_size) {
+        return 0;
+    }
+    if (!s->pad || !s->fill_percent || c->unfinished ||
+        align > s->cluster_size) {
+        return -1;
+    }
+    fill = s->cluster_size - padded_end(s, c, align);
+    return (run->filled + fill) * 100 <= s->fill_credit ? fill : -1;
 }
 
 /*
@@ -130,10 +153,12 @@ static void run_init(const SeqCache *s, SeqRun *run, SeqCluster *first,
 static bool run_extend(const SeqCache *s, SeqRun *run,
                        const SeqCacheLimits *limits, bool unfinished)
 {
-    while (pending_end(run->last) == s->cluster_size) {
+    int64_t fill;
+
+    while ((fill = run_fill(s, run, limits->align)) >= 0) {
         SeqCluster *c = cluster_next(s, run->last);
         bool adjacent;
-        uint32_t n;
+        int64_t n;
 
         if (!c || !cluster_is_pending(c, unfinished) ||
             pending_begin(c, limits->align) > 0) {
@@ -141,13 +166,14 @@ static bool run_extend(const SeqCache *s, SeqRun *run,
         }
 
         adjacent = run->last->buf + s->cluster_size == c->buf;
-        n = padded_end(s, c, limits->align);
+        n = fill + padded_end(s, c, limits->align);
         if (run->bytes > limits->max_bytes - n ||
             (!adjacent && run->niov == limits->max_iov)) {
             return true;
         }
         run->last = c;
         run->bytes += n;
+        run->filled += fill;
         run->niov += !adjacent;
     }
     return false;
@@ -189,8 +215,10 @@ static SeqRequest *request_new(SeqCache *s, const SeqRun *run, int64_t start,
         .req.bytes = end - start,
         .req.iov = g_new(struct iovec, run->niov),
         .link.data = r,
+        .filled = run->filled,
         .nb_clusters = n,
     };
+    s->fill_credit -= run->filled * 100;
     g_queue_push_tail_link(&s->requests, &r->link);
 
     for (i = 0; i < n; i++) {
@@ -276,6 +304,9 @@ void seqcache_complete(SeqCache *s, SeqCacheRequest *req, bool success)
     unsigned i;
 
     g_queue_unlink(&s->requests, &r->link);
+    if (!success) {
+        s->fill_credit += r->filled * 100;
+    }
 
     for (i = 0; i < r->nb_clusters; i++) {
         SeqCluster *c = r->clusters[i];

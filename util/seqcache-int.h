@@ -78,6 +78,7 @@ typedef struct SeqRun {
     SeqCluster *first;
     SeqCluster *last;
     int64_t bytes; /* what the request holds, with padding */
+    int64_t filled; /* of these: zeroes between clusters */
     int niov;
 } SeqRun;
 
@@ -86,6 +87,7 @@ typedef struct SeqRequest {
 
     GList link; /* in SeqCache.requests; data is the request itself */
 
+    int64_t filled; /* as in SeqRun */
     unsigned nb_clusters;
     SeqCluster *clusters[];
 } SeqRequest;
@@ -95,8 +97,10 @@ struct SeqCache {
     int cluster_bits;
     unsigned max_unfinished;
     bool pad;
+    unsigned fill_percent;
 
     GHashTable *clusters; /* set of SeqCluster, doomed ones included */
+    gint nb_clusters;     /* their number; atomic */
     GQueue unfinished;    /* by SeqCluster.seq */
     GQueue ready;         /* by SeqCluster.seq */
     GQueue free;          /* first freed, first used */
@@ -112,6 +116,9 @@ struct SeqCache {
     int64_t bytes_cached;    /* in runs, except those of doomed clusters */
     int64_t bytes_unwritten; /* of these: from SeqCluster.flushed on */
     int64_t bytes_ready;     /* of these: in @ready */
+
+    /* How many zeroes there may be between clusters, in 1/100 bytes */
+    int64_t fill_credit;
 
     /*
      * What seqcache_next_flush_bytes() found, and for which limits, so that it

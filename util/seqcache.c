@@ -24,6 +24,9 @@
 #define SLAB_SIZE (64 * 1024)
 #define SLAB_MAX_CLUSTERS 128
 
+/* No more credit for zeroes between clusters than to fill that many */
+#define MAX_FILL_CLUSTERS 16
+
 SeqCache *seqcache_new(const SeqCacheOptions *opts)
 {
     SeqCache *s;
@@ -31,13 +34,14 @@ SeqCache *seqcache_new(const SeqCacheOptions *opts)
     assert(opts->cluster_size > 0 &&
            opts->cluster_size <= SEQCACHE_MAX_CLUSTER_SIZE &&
            is_power_of_2(opts->cluster_size));
-    assert(opts->max_unfinished > 0);
+    assert(opts->max_unfinished > 0 && opts->fill_percent <= 100);
 
     s = g_new0(SeqCache, 1);
     s->cluster_size = opts->cluster_size;
     s->cluster_bits = ctz32(opts->cluster_size);
     s->max_unfinished = opts->max_unfinished;
     s->pad = opts->pad;
+    s->fill_percent = opts->fill_percent;
     s->clusters = g_hash_table_new(g_int64_hash, g_int64_equal);
     s->slab_clusters = g_ptr_array_new_with_free_func(g_free);
     s->slab_buffers = g_ptr_array_new_with_free_func(qemu_vfree);
@@ -99,6 +103,7 @@ static SeqCluster *cluster_new(SeqCache *s, int64_t offset)
     c->point = 0;
 
     g_hash_table_add(s->clusters, c);
+    g_atomic_int_set(&s->nb_clusters, g_hash_table_size(s->clusters));
     g_queue_push_tail_link(&s->unfinished, link);
     return c;
 }
@@ -117,6 +122,7 @@ void seqcache_cluster_free(SeqCache *s, SeqCluster *c)
         cluster_doom(s, c);
     }
     g_hash_table_remove(s->clusters, c);
+    g_atomic_int_set(&s->nb_clusters, g_hash_table_size(s->clusters));
     g_queue_push_tail_link(&s->free, &c->link);
 
     /* Give memory back, but let a stream that is flushed often keep a slab */
@@ -259,6 +265,9 @@ void seqcache_write(SeqCache *s, int64_t offset, int64_t bytes,
         c->end += n;
         s->bytes_cached += n;
         s->bytes_unwritten += n;
+        s->fill_credit = MIN(s->fill_credit + (int64_t)n * s->fill_percent,
+                             (int64_t)MAX_FILL_CLUSTERS * 100 *
+                             s->cluster_size);
 
         if (c->end == s->cluster_size) {
             cluster_finish(s, c);
@@ -438,7 +447,7 @@ bool seqcache_drop_written(SeqCache *s, int64_t offset, int64_t bytes,
 
 uint64_t seqcache_nb_clusters(const SeqCache *s)
 {
-    return g_hash_table_size(s->clusters);
+    return g_atomic_int_get(&s->nb_clusters);
 }
 
 void seqcache_get_stats(const SeqCache *s, SeqCacheStats *stats)

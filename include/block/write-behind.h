@@ -44,6 +44,8 @@ typedef struct WriteBehind WriteBehind;
  *               max_unfinished in SeqCacheOptions.
  * @pad: whether the end of a stream may be padded with zeroes inside its
  *       cluster, as in SeqCacheOptions.
+ * @fill_percent: how many zeroes may be written between streams to have fewer
+ *                requests, as in SeqCacheOptions.
  * @event: the blkdebug event of each write to the child.
  * @max_age_ms: data that is older is written although nobody flushes, in
  *              milliseconds; 0 for WB_MAX_AGE_MS.
@@ -57,6 +59,7 @@ typedef struct WriteBehindOptions {
     int64_t cluster_size;
     unsigned max_streams;
     bool pad;
+    unsigned fill_percent;
     BlkdebugEvent event;
     int64_t max_age_ms;
     void (*written_out)(BlockDriverState *bs);
@@ -219,6 +222,34 @@ int coroutine_fn GRAPH_RDLOCK
 wb_co_preadv_part(WriteBehind *wb, int64_t offset,
                   int64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
                   BdrvRequestFlags flags);
+
+/**
+ * wb_is_empty:
+ * @wb: the WriteBehind.
+ *
+ * One atomic read.  A caller that excludes wb_accept() and wb_co_write() can
+ * rely on it.
+ *
+ * Returns: whether nothing is cached.
+ */
+bool wb_is_empty(WriteBehind *wb);
+
+/**
+ * wb_read_piece:
+ * @wb: the WriteBehind.
+ * @offset: where to read on the child.
+ * @bytes: how much to read; set to the size of the piece.
+ * @qiov: filled with the data if it is cached.
+ * @qiov_offset: where in @qiov to begin.
+ *
+ * Read the first piece of a range if it is cached.  The piece is all of the
+ * range that is cached, or all of it that is not, from its start on.  Does not
+ * yield.
+ *
+ * Returns: true if the piece was cached and read; false if it is on the child.
+ */
+bool coroutine_fn wb_read_piece(WriteBehind *wb, int64_t offset, int64_t *bytes,
+                                QEMUIOVector *qiov, size_t qiov_offset);
 
 /**
  * wb_gap:

@@ -62,11 +62,16 @@ typedef struct SeqCache SeqCache;
  * @pad: whether seqcache_get_next_flush() may append zeroes to the run of a
  *       finished cluster to make the end of a request aligned.  Only for users
  *       who know that nobody else stores data in the rest of the cluster.
+ * @fill_percent: with @pad, the zeroes may go on up to the end of the cluster
+ *                where this lets the request go on in the next cluster: up to
+ *                that many bytes for each hundred that were stored; at most
+ *                100.
  */
 typedef struct SeqCacheOptions {
     int64_t cluster_size;
     unsigned max_unfinished;
     bool pad;
+    unsigned fill_percent;
 } SeqCacheOptions;
 
 /**
@@ -307,7 +312,9 @@ bool seqcache_is_flushed(const SeqCache *s, uint64_t point);
  * The end of a finished cluster's run that is the last in a request is padded
  * with zeroes up to the next multiple of @limits->align if the cache was
  * created with @pad and @limits->align is not larger than a cluster.  Padding
- * never goes beyond the end of the cluster or INT64_MAX.
+ * never goes beyond the end of the cluster or INT64_MAX.  Under the same
+ * conditions, a finished cluster that ends earlier than the next one begins is
+ * filled with zeroes, as far as fill_percent allows.
  *
  * If @unfinished is false, there is no hurry: clusters at the end of the
  * request that would make its end unaligned are left for the next one.  The
@@ -388,7 +395,7 @@ bool seqcache_discard(SeqCache *s, int64_t offset, int64_t bytes);
  * @s: the cache.
  *
  * Returns: the number of cached clusters; each takes cluster_size bytes of
- * memory.
+ * memory.  This is one atomic read, which need not be serialised.
  */
 uint64_t seqcache_nb_clusters(const SeqCache *s);
 

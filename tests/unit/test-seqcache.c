@@ -592,6 +592,79 @@ FIXTURE_TEST(padding_never_leaves_cluster, CACHE(1, true))
     take_and_complete(t, false, HIGH_ALIGN - CLUSTER, CLUSTER - 1);
 }
 
+static uint8_t byte_at(const SeqCacheRequest *req, int64_t pos)
+{
+    int i = 0;
+
+    for (pos -= req->offset; pos >= req->iov[i].iov_len; i++) {
+        pos -= req->iov[i].iov_len;
+    }
+    return ((uint8_t *)req->iov[i].iov_base)[pos];
+}
+
+/* A run that ends inside its cluster, and then a whole cluster */
+static void put_two(Test *t, int64_t offset, int64_t bytes)
+{
+    put(t, offset, bytes);
+    finish_oldest(t);
+    put(t, offset - offset % CLUSTER + CLUSTER, CLUSTER);
+}
+
+/* With 10 %, ten clusters pay for one that is empty but for a block */
+FIXTURE_TEST(fill_joins_clusters, CACHE(1, true), .fill_percent = 10)
+{
+    SeqCacheRequest *req;
+    int64_t pos;
+    int i;
+
+    /* Nothing was stored that would pay for it */
+    put_two(t, 0, ALIGN);
+    expect_next(t, ALIGN);
+    take_and_complete(t, false, 0, ALIGN);
+
+    /* If it fails, the next attempt may have the same zeroes */
+    put(t, 2 * CLUSTER, 9 * CLUSTER);
+    put_two(t, 11 * CLUSTER, ALIGN);
+    for (i = 0; i < 2; i++) {
+        expect_next(t, 12 * CLUSTER);
+        req = seqcache_get_next_flush(t->s, &t->limits, false);
+        g_assert_cmpint(req->offset, ==, CLUSTER);
+        g_assert_cmpint(req->bytes, ==, 12 * CLUSTER);
+        for (pos = 11 * CLUSTER; pos < 13 * CLUSTER; pos++) {
+            bool zero = pos >= 11 * CLUSTER + ALIGN && pos < 12 * CLUSTER;
+
+            g_assert_cmpint(byte_at(req, pos), ==, zero ? 0 : pattern(pos));
+        }
+        seqcache_complete(t->s, req, i == 1);
+    }
+
+    /* They are used up */
+    put_two(t, 20 * CLUSTER, ALIGN);
+    expect_next(t, ALIGN);
+    expect_clusters(t, 2, 2);
+}
+
+FIXTURE_TEST(fill_only_up_to_the_next_run, CACHE(1, true), .fill_percent = 100)
+{
+    put(t, 10 * CLUSTER, 4 * CLUSTER);
+    take_and_complete(t, false, 10 * CLUSTER, 4 * CLUSTER);
+
+    /* It does not begin at its cluster's start; it is not the next one */
+    put(t, CLUSTER + ALIGN, CLUSTER - ALIGN);
+    put(t, 0, ALIGN);
+    finish_oldest(t);
+    put(t, 2 * CLUSTER, ALIGN);
+    finish_oldest(t);
+    take_and_complete(t, false, CLUSTER + ALIGN, CLUSTER);
+    take_and_complete(t, false, 0, ALIGN);
+
+    /* Parts of the block belong to others */
+    t->limits.align = HIGH_ALIGN;
+    put_two(t, 8 * CLUSTER, ALIGN);
+    take_and_complete(t, false, 8 * CLUSTER, ALIGN);
+    expect_clusters(t, 1, 1);
+}
+
 FIXTURE_TEST(request_keeps_to_limits, CACHE(1, false))
 {
     SeqCacheRequest *req;

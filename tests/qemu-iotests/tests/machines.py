@@ -80,9 +80,11 @@ def cache_stats(machine: Machine, node: str) -> Dict[str, Any]:
     stats = dict(_of_node(machine, 'query-blockstats', node,
                           **{'query-nodes': True}).get('driver-specific', {}))
     stats.pop('driver', None)
-    if 'compressed-read-cache' in stats:
-        return dict(stats.get('compressed-cache', {}))
-    return dict(stats.get('compressed-cache', stats))
+    has_read_cache = bool(stats.pop('compressed-read-cache', {}))
+    if 'compressed-cache' in stats:
+        cache = stats.pop('compressed-cache')
+        return {**stats, **cache}
+    return {} if has_read_cache else stats
 
 
 def read_stats(machine: Machine, node: str) -> Dict[str, Any]:
