@@ -314,7 +314,8 @@ qcow2_co_read_normal(BlockDriverState *bs, uint64_t host_offset,
     int64_t piece = *bytes;
     bool cached;
 
-    if (!s->write_behind) {
+    /* Pieces of encrypted clusters must be whole sectors */
+    if (!s->write_behind || bs->encrypted) {
         return false;
     }
     cached = wb_read_piece(s->write_behind, host_offset, &piece, qiov,

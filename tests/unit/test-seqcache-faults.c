@@ -67,6 +67,7 @@ typedef struct Stack {
     bool no_flags;
     bool small_l2;      /* the cache for L2 tables has only two slices */
     bool extents;       /* the disk knows queries for many extents */
+    bool incompressible; /* two of three clusters are */
     unsigned every;     /* one request of so many fails in "make check"; 0: 1 */
     const Step *script;
 } Stack;
@@ -399,13 +400,18 @@ static void coroutine_fn part_entry(void *opaque)
     p->ret = part_co_do(p);
 }
 
-/* Half of each sector compresses well */
+/* Half of each sector compresses well, unless the cluster is not to compress */
 static void part_fill(Part *p)
 {
     GRand *rand = g_rand_new_with_seed(p->step.offset + 1000 * p->r->gen++);
+    const Stack *stack = p->r->stack;
 
     for (int64_t i = 0; i < p->step.bytes; i++) {
-        p->buf[i] = i % 512 < 256 ? g_rand_int(rand) : p->r->gen | 1;
+        bool random = i % 512 < 256 ||
+            (stack->incompressible &&
+             (p->step.offset + i) / stack->cluster_size % 3);
+
+        p->buf[i] = random ? g_rand_int(rand) : p->r->gen | 1;
     }
     g_rand_free(rand);
 }
@@ -415,11 +421,12 @@ static bool op_writes(Op op)
     return op <= OP_COMPRESSED_FUA;
 }
 
-/* qcow2 accepts what is to be compressed, in whole or not at all */
+/* qcow2 accepts what can be compressed in whole or not at all */
 static bool op_can_be_partial(Run *r, Op op)
 {
     return op <= OP_DISCARD &&
-           !(op == OP_COMPRESSED && r->stack->driver == QCOW2);
+           !(op == OP_COMPRESSED && r->stack->driver == QCOW2 &&
+             !r->stack->incompressible);
 }
 
 /* Remember what is to be repeated; a cluster is compressed only once */
@@ -728,6 +735,10 @@ static const Stack stacks[] = {
       .script = qcow2_script },
     { "qcow2-two-clusters", QCOW2, 4 * K, 8 * K, 4 * K, 560 * K,
       .small_l2 = true, .script = qcow2_script },
+    { "qcow2-incompressible", QCOW2, 4 * K, 64 * K, 512, 560 * K,
+      .incompressible = true, .script = qcow2_script },
+    { "qcow2-incompressible-two-clusters", QCOW2, 4 * K, 8 * K, 4 * K, 560 * K,
+      .incompressible = true, .small_l2 = true, .script = qcow2_script },
     { "qcow2-no-cache", QCOW2, 4 * K, 0, 512, 560 * K,
       .script = qcow2_script },
     { "qcow2-512", QCOW2, 512, 8 * K, 512, 560 * K,
