@@ -43,6 +43,24 @@ def random_source(bench, mib):
     return make_source(bench, 'random', mib, lambda i: numbers.randbytes(MIB))
 
 
+def half_random_source(bench, mib):
+    """
+    Clusters of 64 KiB in random order: half of them random data, the others
+    compress to 40 to 60 % of their size
+    """
+    numbers = random.Random(1)
+    chunk = 64 * KIB
+
+    def cluster(i):
+        part = chunk if i % 2 else int(chunk * numbers.uniform(0.4, 0.6))
+        return numbers.randbytes(part) + bytes(chunk - part)
+
+    clusters = [cluster(i) for i in range(MIB // chunk * mib)]
+    numbers.shuffle(clusters)
+    return make_source(bench, 'half-random', mib, lambda i: b''.join(
+        clusters[MIB // chunk * i:MIB // chunk * (i + 1)]))
+
+
 def files_source(bench, mib):
     """A file system with files of this machine"""
     path = bench.path(f'files-{mib}.raw')
@@ -211,6 +229,7 @@ class ConvertToFile(ConvertRow):
 
     def measure(self, bench, side):
         path, result = self.run(bench, side)
+        result['blocks'] = os.stat(path).st_blocks * 512
         remove_and_sync(path)
         return result
 
@@ -264,8 +283,6 @@ def matrix_rows():
             'random': ('random data', random_source, 256, 128),
             'constant': ('zeros and 0xff', constant_source, 512, 256)}
     figures = [
-        ratio('on', 'off', at_most=1.02),
-        ratio('on', 'page cache', at_most=1.02),
         ratio('on', 'tmpfs', at_most=1.05),
         ratio('on', 'without -c', at_most=1.02),
     ]
@@ -274,16 +291,24 @@ def matrix_rows():
                               ['', '-W']):
         mib = sizes[compression == 'zlib']
         more = {}
+        extra = []
+        reach = 1.02, 1.02
         if key == 'random':
             # Of the cost of normal clusters, what the file's growing is
             more = {'sides': [*ConvertToFile.SIDES, 'preallocate']}
+            extra = [ratio('preallocate', 'on'),
+                     ratio('on', 'off', 'blocks', at_most=1.06)]
+            if (compression, cluster) == ('zstd', '64k'):
+                reach = 0.6, 0.8
         yield ConvertToFile(
             '-'.join(filter(None, ['convert', key, compression, cluster,
                                    option.strip('-').lower()])),
             f'{mib} MiB of {text} to {DIRECT}, {compression}, clusters of '
             f'{cluster.replace("k", " KiB").replace("M", " MiB")}'
             f'{", -W" if option else ""}',
-            figures + [ratio('preallocate', 'on')] * bool(more), source, mib,
+            [ratio('on', 'off', at_most=reach[0]),
+             ratio('on', 'page cache', at_most=reach[1]), *figures, *extra],
+            source, mib,
             repeats=5 if compression == 'zstd' else 3, compression=compression,
             cluster=cluster, options=[option] if option else [], **more)
 
@@ -330,6 +355,16 @@ def disk_rows():
         [ratio('off', 'on', 'requests', at_least=25), value_of('on', 'reads'),
          ratio('off', 'on')],
         text_source, 64, compression='zlib', delay='2ms')
+    for key, text, source, reach in [
+            ('random', 'random data', random_source,
+             ratio('off', 'on', 'writes', at_least=14)),
+            ('half-random', 'clusters, half of them random data, the others'
+             ' compressing to 40 to 60 %', half_random_source,
+             value_of('on', 'requests', at_most=100))]:
+        yield ConvertToDisk(
+            f'disk-{key}', f'64 MiB of {text}, to a disk with 4 KiB blocks and'
+            ' 1 ms a request, zstd', [reach, ratio('off', 'on')], source, 64,
+            delay='1ms')
     for block, delay in itertools.product([512, 4 * KIB],
                                           ['0.2', '1', '4', '8']):
         yield ConvertToDisk(

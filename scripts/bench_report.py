@@ -21,6 +21,7 @@ METRICS = {
     'writes': ('writes', '', 1),
     'written': ('written', 'MiB', MIB),
     'end': ('image end', 'MiB', MIB),
+    'blocks': ('blocks of the file', 'MiB', MIB),
     'pages': ('page cache', 'pages', 1),
     'queries': ('queries', '', 1),
     'lseeks': ('lseek calls', '', 1),
