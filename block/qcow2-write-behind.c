@@ -338,19 +338,6 @@ qcow2_co_write_out(BlockDriverState *bs, uint64_t host_offset, uint64_t bytes)
                            start);
 }
 
-void qcow2_drop_cached(BlockDriverState *bs, uint64_t l2_entry)
-{
-    BDRVQcow2State *s = bs->opaque;
-    QCow2ClusterType type = qcow2_get_cluster_type(bs, l2_entry);
-
-    if (s->write_behind && !wb_is_empty(s->write_behind) &&
-        (l2_entry & QCOW_OFLAG_COPIED) &&
-        (type == QCOW2_CLUSTER_NORMAL || type == QCOW2_CLUSTER_ZERO_ALLOC)) {
-        wb_discard(bs, s->write_behind, l2_entry & L2E_OFFSET_MASK,
-                   s->cluster_size);
-    }
-}
-
 bool qcow2_has_dirty_cache(BlockDriverState *bs)
 {
     BDRVQcow2State *s = bs->opaque;

@@ -144,18 +144,6 @@ int coroutine_fn GRAPH_RDLOCK
 qcow2_co_write_out(BlockDriverState *bs, uint64_t host_offset, uint64_t bytes);
 
 /**
- * qcow2_drop_cached:
- * @bs: the node; s->lock is held, or nobody else uses the node.
- * @l2_entry: the entry that a cluster had, whose data is not wanted any more,
- *            and whose space stays allocated.
- *
- * Drop what is cached of the cluster, and wait for a write to it in flight.
- * Does nothing if a snapshot can have the data.
- */
-void coroutine_mixed_fn GRAPH_RDLOCK
-qcow2_drop_cached(BlockDriverState *bs, uint64_t l2_entry);
-
-/**
  * qcow2_has_dirty_cache:
  * @bs: the node; s->lock is held.
  *
