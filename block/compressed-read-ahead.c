@@ -98,11 +98,11 @@ CReadStream *cread_note_locked(CompressedReadCache *c, int64_t offset,
 }
 
 /*
- * How large a piece may be.  All active streams together do not drop what they
- * have not used yet.  Called with c->lock held.
+ * How large a piece may be that should be @window bytes.  All active streams
+ * together do not drop what they have not used yet.  Called with c->lock held.
  */
 static int64_t GRAPH_RDLOCK
-cread_window_locked(CompressedReadCache *c, const CReadStream *stream)
+cread_window_locked(CompressedReadCache *c, int64_t window)
 {
     int64_t limit = c->opts.cache_size / 4 * 3;
     int64_t max_transfer = c->bs->file->bs->bl.max_transfer;
@@ -112,7 +112,7 @@ cread_window_locked(CompressedReadCache *c, const CReadStream *stream)
         nb_active += cread_is_active_locked(c, &c->streams[i]);
     }
     limit = MIN(limit / (2 * MAX(nb_active, 1)), CREAD_MAX_WINDOW);
-    return MIN_NON_ZERO(MIN(limit, stream->window), max_transfer);
+    return MIN_NON_ZERO(MIN(limit, window), max_transfer);
 }
 
 void cread_note_failure_locked(CompressedReadCache *c, CReadEntry *piece)
@@ -278,7 +278,9 @@ void cread_choose_piece_locked(CompressedRead *read, CReadStream *stream,
     ahead = g_new(CReadAhead, 1);
     cread_look_ahead_locked(c, cluster_end, sequential ? INT64_MAX : end,
                             ahead);
-    window = cread_window_locked(c, stream);
+    /* What the request is for is not read in vain */
+    window = cread_window_locked(c, sequential ? stream->window :
+                                    CREAD_MAX_WINDOW);
     if (!ahead->nb_extents ||
         (read->piece &&
          cread_is_covered(c, stream, ahead, cluster_end, window))) {
@@ -293,7 +295,7 @@ void cread_choose_piece_locked(CompressedRead *read, CReadStream *stream,
         read->piece = cread_add_piece_locked(c, range);
         read->read_piece = read->piece;
     }
-    if (range.bytes) {
+    if (range.bytes && sequential) {
         stream->window = MIN(2 * stream->window, CREAD_MAX_WINDOW);
     }
 }

@@ -18,17 +18,59 @@
 #include "block/block_int.h"
 #include "block/compressed-read-int.h"
 #include "qemu/memalign.h"
+#include "qemu/units.h"
 #include "trace.h"
 
 /* What is kept at most of each kind, so that searching it does not take long */
 #define CREAD_MAX_ENTRIES 64
+
+/* From this size on, a buffer is not on the heap */
+#define CREAD_MIN_MAPPED (128 * KiB)
+
+/*
+ * Pieces come and go in all sizes.  On the heap, they leave gaps that nothing
+ * fits into: so large ones are not there.
+ */
+static bool cread_is_mapped(int64_t size, size_t align)
+{
+#ifdef CONFIG_POSIX
+    return size >= CREAD_MIN_MAPPED && align <= qemu_real_host_page_size();
+#else
+    return false;
+#endif
+}
+
+/* Returns: the buffer, or NULL */
+static void *cread_alloc(int64_t size, size_t align)
+{
+#ifdef CONFIG_POSIX
+    if (cread_is_mapped(size, align)) {
+        void *buf = mmap(NULL, size, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+        return buf == MAP_FAILED ? NULL : buf;
+    }
+#endif
+    return qemu_try_memalign(align, size);
+}
+
+static void cread_free_buf(CReadEntry *entry)
+{
+#ifdef CONFIG_POSIX
+    if (entry->mapped) {
+        munmap(entry->buf, entry->size);
+        return;
+    }
+#endif
+    qemu_vfree(entry->buf);
+}
 
 /* Called with c->lock held */
 static void cread_free_unused_locked(CompressedReadCache *c, CReadEntry *entry)
 {
     if (!entry->listed && !entry->nb_users) {
         c->bytes -= entry->size;
-        qemu_vfree(entry->buf);
+        cread_free_buf(entry);
         g_free(entry);
     }
 }
@@ -109,7 +151,7 @@ CReadEntry *cread_add_locked(CompressedReadCache *c, CReadList *list,
     if (size > c->opts.cache_size || !cread_make_room_locked(c, list, size)) {
         return NULL;
     }
-    buf = qemu_try_memalign(align, size);
+    buf = cread_alloc(size, align);
     if (!buf) {
         return NULL;
     }
@@ -118,6 +160,7 @@ CReadEntry *cread_add_locked(CompressedReadCache *c, CReadList *list,
     entry->extent = extent;
     entry->buf = buf;
     entry->size = size;
+    entry->mapped = cread_is_mapped(size, align);
     entry->state = CREAD_BUSY;
     qemu_co_queue_init(&entry->waiters);
     entry->nb_users = 1;

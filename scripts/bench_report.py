@@ -20,6 +20,7 @@ METRICS = {
     'reads': ('reads', '', 1),
     'writes': ('writes', '', 1),
     'written': ('written', 'MiB', MIB),
+    'read': ('read', 'MiB', MIB),
     'end': ('image end', 'MiB', MIB),
     'blocks': ('blocks of the file', 'MiB', MIB),
     'pages': ('page cache', 'pages', 1),
@@ -61,6 +62,8 @@ SUMMARY = [
     ('disk-ff-1000', 'convert -c: 1000 MiB of 0xff to a disk, 8 ms, zlib'),
     ('backup-file', 'backup, compress: 320 MiB to a file, O_DIRECT'),
     ('backup-disk', 'backup, compress: 320 MiB to a disk, 1 ms'),
+    ('read-restore-4096', 'convert: a compressed image of 512 MiB of files from'
+     ' a disk, 2 ms'),
     ('filter-4k-file', 'seqcache: 4 KiB writes to a file, O_DIRECT'),
     ('filter-4k-disk', 'seqcache: 4 KiB writes to a disk, 4 ms'),
     ('filter-1m-file', 'seqcache: 1 MiB writes to a file, O_DIRECT'),

@@ -327,8 +327,8 @@ class SlowDisk(Server):
     are filters before all others. self.options is the disk for QEMU, as a list
     of options of the node, with the prefix given.
 
-    Afterwards self.reads, self.writes, self.written (in bytes, as nbdkit rounds
-    them), self.queries and requests() tell what it had to do.
+    Afterwards self.reads, self.writes, self.read, self.written (in bytes, as
+    nbdkit rounds them), self.queries and requests() tell what it had to do.
     """
 
     def __init__(self, plugin, delay=None, block=4096, extents_delay=None,
@@ -340,7 +340,8 @@ class SlowDisk(Server):
         self.block = block
         self.extents_delay = extents_delay
         self.filters = filters
-        self.reads = self.writes = self.written = self.queries = 0
+        self.reads = self.writes = self.written = self.read = 0
+        self.queries = 0
 
     def requests(self):
         return {'requests': self.reads + self.writes, 'reads': self.reads,
@@ -382,7 +383,7 @@ class SlowDisk(Server):
                     ops, size, name = m.groups()[1:]
                     seen[m.group(1)] = (int(ops), float(size) * unit[name])
         self.queries = seen.get('extents', (0, 0))[0]
-        self.reads = seen.get('read', (0, 0))[0]
+        self.reads, self.read = seen.get('read', (0, 0))
         self.writes, self.written = seen.get('write', (0, 0))
 
 
@@ -441,6 +442,12 @@ class StorageDaemon(Server):
         if 'error' in job:
             raise Failed(f'{command}: {job["error"]}')
         return seconds
+
+    def cpu(self):
+        """The processor time of all of its threads so far, in seconds"""
+        with open(f'/proc/{self.process.pid}/stat', encoding='utf-8') as f:
+            fields = f.read().rpartition(')')[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf('SC_CLK_TCK')
 
     def peak_memory(self):
         """The most that was resident so far, in bytes"""

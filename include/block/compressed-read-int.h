@@ -29,6 +29,7 @@ typedef struct CReadEntry {
     CompressedExtent extent; /* what it has, or what it was made from */
     void *buf;
     int64_t size;
+    bool mapped; /* @buf is not on the heap */
 
     CReadState state;
     CoQueue waiters; /* woken when it is not busy any more */

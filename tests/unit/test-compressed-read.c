@@ -494,6 +494,8 @@ FIXTURE_TEST(error_of_a_piece_is_nobodys)
     });
     test_read(t, 0, 4 * CLUSTER);
     g_assert_cmpuint(STAT(t, errors), ==, 1);
+    /* Nothing that the request may have left is used */
+    g_assert_cmpuint(t->disk->nb.reads, ==, 1 + 4);
     disk_set_fault(t->disk, (DiskFault) {});
     test_read(t, 0, 4 * CLUSTER);
 }
@@ -544,6 +546,28 @@ FIXTURE_TEST(same_place_other_length)
     }
     t->node->extents[3] = (CompressedExtent) {};
     t->gen[3] = 0;
+}
+
+/* A piece has only a part of it */
+FIXTURE_TEST(extent_beyond_a_piece)
+{
+    CompressedExtent last = t->node->extents[3];
+
+    t->node->extents[8] = (CompressedExtent) {
+        last.offset + last.bytes - 100, CLUSTER,
+    };
+    test_read(t, 0, 4 * CLUSTER);
+    assert_nb(t, reads, 1);
+    for (int i = 0; i < 2; i++) {
+        TestOp op;
+
+        op_start_read(&op, t, 8 * CLUSTER, CLUSTER);
+        g_assert_cmpint(op_wait(&op), <, 0);
+        op_free(&op);
+    }
+    g_assert_cmpuint(STAT(t, hits), ==, 3);
+    t->node->extents[8] = (CompressedExtent) {};
+    t->gen[8] = 0;
 }
 
 /* ---- Never stale ---- */
