@@ -9,8 +9,9 @@ iotests.py       kind iotests
 lint.py          kind lint
 repository.py    kind scripts; patches.py is its part about patches/
 long.py          kind random
-storage.py       kind storage; stores.py is the list of what it runs on, and
-                 libvirt.py one of its tests
+storage.py       kind storage; stores.py is the list of what it runs on,
+                 store_base.py what these are made of, and libvirt.py one of
+                 its tests
 compare.py       kinds filtered and upstream
 coverage.py      kind coverage
 """

@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import textwrap
 import time
 
 import patchset
@@ -65,6 +66,15 @@ def qcow2(node, cache=None):
     """The options of a qcow2 node"""
     return {'driver': 'qcow2', 'file': node,
             **({} if cache is None else {'compressed-cache-size': cache})}
+
+
+@functools.cache
+def example(section):
+    """The commands that a section of the manual page has"""
+    page = runner.read(os.path.join(
+        runner.TOP, 'docs/system/backup-targets.rst'))
+    text = re.search(rf'^{section}\n-+\n(.*?)(?=^[^\n]+\n---)', page, re.M | re.S)[1]
+    return textwrap.dedent(re.search(r'::\n\n((?:   .*\n)+)', text)[1])
 
 
 def as_json(node):
@@ -256,6 +266,18 @@ class Stored(runner.Test):
                f'not {self.store.fewer} times fewer: {text}')
         return text
 
+    def example(self):
+        """what the manual page says about such a store, with this one"""
+        self.store.fresh()
+        text = example(self.store.section)
+        for place in [('disk.raw', source()), *self.store.places()]:
+            text = text.replace(*place)
+        paths = os.pathsep.join([runner.BUILD, os.environ['PATH']])
+        run(*self.store.enter, 'sh', '-e', '-x', '-c', text, cwd=self.store.folder,
+            env={**self.store.environment(), 'PATH': paths})
+        self.verify()
+        return 'compared and checked'
+
     def restart(self):
         """the server is killed and started in the middle of a backup"""
         if not self.store.server:
@@ -352,7 +374,8 @@ class Stored(runner.Test):
 
 
 STEPS = [Stored.convert, Stored.convert_unordered, Stored.convert_others,
-         Stored.backup, Stored.filter, Stored.restart, Stored.full]
+         Stored.backup, Stored.filter, Stored.example, Stored.restart,
+         Stored.full]
 
 
 def names():

@@ -8,244 +8,24 @@ the test is over. strace counts its reads and writes: of the server to the file
 that it serves, or of the client to a file or device.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import time
 import typing
 import uuid
 
-from lab import (
-    BUILD, MIB, Failed, RequestLog, Skipped, free_port, wait_for)
-
-# In MiB: the file system, which xfs wants so large; the disk on it; and what is
-# left when it is full
-SPACE, DISK, LEFT = 352, 192, 4
-
-
-def run(*command, **options):
-    """The output of a command, which must succeed"""
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True, **options)
-    if done.returncode:
-        raise Failed(f'{" ".join(command)}: {done.stdout}')
-    return done.stdout.strip()
-
-
-def children(pid):
-    """The processes that a process has started, and those of theirs"""
-    with contextlib.suppress(OSError), \
-         open(f'/proc/{pid}/task/{pid}/children', encoding='utf-8') as f:
-        for child in map(int, f.read().split()):
-            yield child
-            yield from children(child)
-
-
-def end(process):
-    """Kill it and what it has started, also in sessions of their own"""
-    for pid in [process.pid, *children(process.pid)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def listens(port):
-    with contextlib.suppress(OSError), \
-         socket.create_connection(('127.0.0.1', port), 1):
-        return True
-    return False
-
-
-class Requests(RequestLog):
-    """Counts requests of a client or server to one file, over many runs"""
-
-    CALLS = RequestLog.CALLS + ',read,write'
-
-    def __init__(self, log, path):
-        super().__init__(path, self.CALLS)
-        self.log = log
-        # The program itself is the process that is started, and appends
-        self.prefix[1:1] = ['-D', '-A']
-        self.prefix[self.prefix.index('-o') + 1] = log
-        with open(log, 'w', encoding='utf-8'):
-            pass
-
-    def so_far(self):
-        # A reply can arrive a moment before the line about it
-        time.sleep(0.3)
-        return super().so_far()
-
-
-class Space:
-    """A small file system on a loop device
-
-    kind is one of ext4, xfs, btrfs, tmpfs and overlay (above ext4); block is the
-    size of the blocks of the device.
-    """
-
-    MAKE = {'ext4': ['mkfs.ext4', '-q', '-F', '-m', '0'],
-            'xfs': ['mkfs.xfs', '-q', '-f'], 'btrfs': ['mkfs.btrfs', '-q', '-f']}
-
-    def __init__(self, folder, kind='ext4', block=512):
-        self.kind = kind
-        self.folder = os.path.join(folder, 'space')
-        self.ballast = os.path.join(self.folder, 'ballast')
-        self.undo = contextlib.ExitStack()
-        with contextlib.ExitStack() as stack:
-            if kind == 'tmpfs':
-                self.mount(stack, '-t', 'tmpfs', '-o', f'size={SPACE}M', 'none')
-            else:
-                image = os.path.join(folder, 'space.img')
-                with open(image, 'wb') as f:
-                    f.truncate(SPACE * MIB)
-                device = Loop(image, block)
-                stack.callback(device.detach)
-                make = self.MAKE['ext4' if kind == 'overlay' else kind]
-                run(*make, device.path)
-                self.mount(stack, device.path)
-            if kind == 'overlay':
-                for name in 'lower', 'upper', 'work', 'merged':
-                    os.mkdir(os.path.join(self.folder, name))
-                below, self.folder = (self.folder,
-                                      os.path.join(self.folder, 'merged'))
-                self.mount(stack, '-t', 'overlay', '-o', ','.join(
-                    f'{option}={below}/{name}' for option, name in
-                    (('lowerdir', 'lower'), ('upperdir', 'upper'),
-                     ('workdir', 'work'))), 'none')
-            self.undo = stack.pop_all()
-
-    def mount(self, stack, *args):
-        os.makedirs(self.folder, exist_ok=True)
-        run('mount', *args, self.folder)
-        stack.callback(run, 'umount', self.folder)
-
-    def fill(self):
-        """Leave only a little"""
-        run('sync', '-f', self.folder)
-        found = os.statvfs(self.folder)
-        with open(self.ballast, 'wb') as f:
-            os.posix_fallocate(f.fileno(), 0, max(
-                found.f_bavail * found.f_frsize - LEFT * MIB, 1))
-
-    def free(self):
-        os.unlink(self.ballast)
-        run('sync', '-f', self.folder)
-
-
-class Loop:
-    """A loop device, which follows the size of its file as a logical volume
-    follows lvextend"""
-
-    def __init__(self, image, block):
-        self.image = image
-        self.path = run('losetup', '-b', str(block), '--show', '-f', image)
-
-    def resize(self, mib):
-        os.truncate(self.image, mib * MIB)
-        run('losetup', '-c', self.path)
-
-    def detach(self):
-        run('losetup', '-d', self.path)
-
-
-class Store:
-    """A file in a file system; the others begin with it.
-
-    node is the protocol node for -blockdev and blockdev-add, url the same for
-    qemu-img create. What is expected: fewer is how many times fewer requests
-    there are with the cache, metadata how many of them may read or may be one
-    way or the other, on whether the cache is on by default. A store that is
-    full stops a job as ENOSPC does, unless full is a part of another error, or
-    waits is true: then the job waits.
-    """
-
-    programs: tuple = ()
-    drivers: tuple = ()
-    fewer = 25
-    metadata = 32
-    on = True
-    full = ''
-    waits = False
-    # Whether there is a server; what a job says that loses it, if not nothing
-    server = False
-    lost = ''
-    # Whether the programs use the network of another process, and what precedes
-    # their commands then
-    enter: 'tuple[str, ...]' = ()
-
-    def __init__(self, folder, kind='ext4', block=512, direct=True):
-        self.folder = folder
-        self.stack = contextlib.ExitStack()
-        self.space = Space(folder, kind, block)
-        self.stack.callback(self.space.undo.close)
-        self.path = os.path.join(self.space.folder, 'disk')
-        self.url = self.path
-        self.direct = direct
-        self.on = direct
-        self.node = {'driver': 'file', 'filename': self.path,
-                     'cache': {'direct': direct}}
-        self.requests = Requests(os.path.join(folder, 'requests'), self.path)
-
-    @property
-    def prefix(self):
-        """What precedes the command of a client"""
-        return [*self.enter, *([] if self.server else self.requests.prefix)]
-
-    def so_far(self):
-        """(reads, writes) since the beginning"""
-        found = self.requests.so_far()
-        return found['reads'], found['writes']
-
-    def fresh(self, mib=0):
-        """Begin with an empty disk, which has at least this size"""
-        with open(self.path, 'wb') as f:
-            f.truncate(mib * MIB)
-
-    def prepare(self):
-        """Start what there is to start"""
-
-    def start(self):
-        """Start the server, if there is one"""
-
-    def kill(self):
-        """As a power cut would"""
-
-    def fill(self):
-        self.space.fill()
-
-    def free(self):
-        self.space.free()
-
-    def restore(self):
-        """After a step that failed"""
-        if os.path.exists(self.space.ballast):
-            self.space.free()
-        self.kill()
-        self.start()
-
-    def __enter__(self):
-        with self.stack:
-            self.prepare()
-            self.fresh()
-            self.start()
-            self.stack.callback(self.kill)
-            self.stack = self.stack.pop_all()
-        return self
-
-    def __exit__(self, *exception):
-        self.stack.close()
+from lab import BUILD, MIB, Failed, Skipped, free_port, wait_for
+from .store_base import DISK, LEFT, Loop, Requests, Server, Store, end, run
 
 
 class Device(Store):
     """A loop device of 4096-byte blocks as a logical volume, which is grown"""
 
+    section = 'Disks'
     drivers = ('host_device',)
 
     def __init__(self, folder, direct=True):
@@ -264,6 +44,9 @@ class Device(Store):
         self.requests = Requests(os.path.join(self.folder, 'requests'),
                                  self.path)
 
+    def places(self):
+        return [('/dev/vg/backup', self.path)]
+
     def fresh(self, mib=DISK):
         self.device.resize(0)
         self.device.resize(mib)
@@ -275,79 +58,22 @@ class Device(Store):
         self.device.resize(DISK)
 
 
-class Server(Store):
-    """A program that serves the file"""
-
-    server = True
-    # When it can be used
-    port = 0
-
-    def __init__(self, folder, **kwargs):
-        super().__init__(folder, **kwargs)
-        self.on = True
-        self.socket = os.path.join(folder, 'socket')
-        self.process = None
-        self.log = os.path.join(folder, 'server.log')
-
-    def command(self):
-        raise NotImplementedError
-
-    def ready(self):
-        return listens(self.port) if self.port else os.path.exists(self.socket)
-
-    def fresh(self, mib=DISK):
-        """The server keeps the file open"""
-        with open(self.path, 'ab') as f:
-            f.truncate(0)
-            f.truncate(max(mib, DISK) * MIB)
-
-    def spawn(self, *command):
-        """A program of the server; what it prints goes into a log"""
-        with open(self.log, 'ab') as out:
-            return subprocess.Popen(
-                [*self.enter, *command], stdin=subprocess.DEVNULL, stdout=out,
-                stderr=out, start_new_session=True, env=self.environment())
-
-    def spawn_beside(self, *command):
-        """The same, until the test is over"""
-        process = self.spawn(*command)
-        self.stack.callback(end, process)
-        return process
-
-    def start(self):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.socket)
-        name, *words = self.command()
-        self.process = self.spawn(*self.requests.prefix, name, *words)
-
-        def is_ready():
-            if self.process.poll() is not None:
-                with open(self.log, encoding='utf-8', errors='replace') as f:
-                    raise Failed(f'{name} ended: {f.read()[-500:]}')
-            return self.ready()
-
-        wait_for(is_ready, name)
-
-    def environment(self):
-        return dict(os.environ)
-
-    def kill(self):
-        if self.process:
-            end(self.process)
-            self.process = None
-
-
 class Nbd(Server):
     """An NBD server on a UNIX socket"""
 
+    section = 'NBD'
     drivers = ('nbd',)
 
-    def __init__(self, folder, command, programs=(), **kwargs):
+    def __init__(self, folder, command, **kwargs):
         super().__init__(folder, **kwargs)
+        self.programs = (command[0].format(build=BUILD),)
         self.words = command
         self.url = f'nbd+unix:///?socket={self.socket}'
         self.node = {'driver': 'nbd', 'reconnect-delay': 60,
                      'server': {'type': 'unix', 'path': self.socket}}
+
+    def places(self):
+        return [('/run/backup.sock', self.socket)]
 
     def command(self):
         return [word.format(socket=self.socket, path=self.path, build=BUILD)
@@ -401,9 +127,10 @@ class Fuse(Store):
 class Iscsi(Server):
     """A LUN of tgt, which can be extended while tgtd is stopped"""
 
+    section = 'iSCSI'
     programs = ('tgtd', 'tgtadm')
     drivers = ('iscsi',)
-    NAME = 'iqn.2026-01.example:disk'
+    NAME = 'iqn.2026-01.example:backup'
 
     def __init__(self, folder, block):
         super().__init__(folder)
@@ -414,6 +141,9 @@ class Iscsi(Server):
         self.url = f'iscsi://127.0.0.1:{self.port}/{self.NAME}/1'
         self.node = {'driver': 'iscsi', 'transport': 'tcp', 'lun': 1, 'portal':
                      f'127.0.0.1:{self.port}', 'target': self.NAME}
+
+    def places(self):
+        return [('192.0.2.1', f'127.0.0.1:{self.port}')]
 
     def environment(self):
         return {**os.environ, 'TGT_IPC_SOCKET': self.socket}
@@ -458,6 +188,7 @@ class Iscsi(Server):
 class Ssh(Server):
     """A file of an SSH server"""
 
+    section = 'SSH'
     programs = ('/usr/sbin/sshd', 'ssh-keygen', 'ssh-agent', 'ssh-add')
     drivers = ('ssh',)
     # libssh cuts requests into small ones
@@ -476,6 +207,13 @@ class Ssh(Server):
                      'host-key-check': {'mode': 'none'}}
 
     fresh = Store.fresh
+
+    def places(self):
+        """With the server's key unknown"""
+        return [('ssh://backup@192.0.2.1/srv/backup.qcow2', self.url),
+                ('192.0.2.1', '127.0.0.1'), ('=22', f'={self.port}'),
+                ('=backup,', '=root,file.host-key-check.mode=none,'),
+                ('/srv/backup.qcow2', self.path)]
 
     def prepare(self):
         key = os.path.join(self.folder, 'key')
@@ -500,8 +238,10 @@ class Ssh(Server):
 
 
 class Nfs(Server):
-    """A file of nfs-ganesha, in a network of its own: QEMU's URLs name no port"""
+    """A file of nfs-ganesha, in a network of its own, as QEMU's URLs name no
+    port, and with a /run of its own"""
 
+    section = 'NFS'
     programs = ('ganesha.nfsd', 'rpcbind', 'unshare', 'nsenter')
     drivers = ('nfs',)
     fresh = Store.fresh
@@ -513,14 +253,14 @@ class Nfs(Server):
                      'server': {'host': '127.0.0.1', 'type': 'inet'}}
 
     def prepare(self):
-        holder = self.spawn_beside('unshare', '-n', 'sleep', 'infinity')
-        network = f'/proc/{holder.pid}/ns/net'
-        wait_for(lambda: os.readlink(network) != os.readlink(
-            '/proc/self/ns/net'), 'a network')
-        self.enter = ('nsenter', f'--net={network}')
-        run(*self.enter, 'ip', 'link', 'set', 'lo', 'up')
+        ready = os.path.join(self.folder, 'ready')
+        holder = self.spawn_beside(
+            'unshare', '-n', '-m', 'sh', '-e', '-c', 'mount -t tmpfs none /run;'
+            ' mkdir /run/ganesha; ip link set lo up; touch "$1";'
+            ' exec sleep infinity', 'sh', ready)
+        wait_for(lambda: os.path.exists(ready), 'a network')
+        self.enter = ('nsenter', '-n', '-m', '-t', str(holder.pid))
         self.spawn_beside('rpcbind', '-f')
-        os.makedirs('/var/run/ganesha', exist_ok=True)
         with open(f'{self.folder}/ganesha.conf', 'w', encoding='utf-8') as f:
             f.write('NFS_CORE_PARAM { Enable_NLM = false; Enable_RQUOTA = false;'
                     ' Protocols = 3; }\n'
@@ -528,6 +268,9 @@ class Nfs(Server):
                     ' Pseudo = /x; Access_Type = RW; Squash = No_Root_Squash;'
                     ' SecType = sys, none; Protocols = 3; Transports = TCP;'
                     ' FSAL { Name = VFS; } }\n')
+
+    def places(self):
+        return [('192.0.2.1', '127.0.0.1'), ('/exports/backup.qcow2', self.path)]
 
     def command(self):
         return ['ganesha.nfsd', '-F', '-f', f'{self.folder}/ganesha.conf', '-L',
@@ -546,6 +289,7 @@ class Ceph(Server):
     fixed: it has its size from the beginning, instead of growing.
     """
 
+    section = 'Ceph'
     programs = ('ceph-mon', 'ceph-mgr', 'ceph-osd', 'ceph', 'rbd', 'monmaptool',
                 'ceph-authtool')
     drivers = ('rbd',)
@@ -588,12 +332,15 @@ bluestore block create = true
         super().__init__(folder)
         self.fixed = fixed
         self.conf = os.path.join(folder, 'ceph.conf')
-        self.url = f'rbd:rbd/disk:conf={self.conf}'
-        self.node = {'driver': 'rbd', 'pool': 'rbd', 'image': 'disk',
+        self.url = f'rbd:rbd/backup:conf={self.conf}'
+        self.node = {'driver': 'rbd', 'pool': 'rbd', 'image': 'backup',
                      'conf': self.conf, 'cache': {'direct': direct}}
         self.requests.prefix = []
         self.host = (f'[v2:127.0.0.1:{free_port()},v1:127.0.0.1:'
                      f'{free_port()}]')
+
+    def places(self):
+        return []
 
     def ceph(self, *words):
         return run('timeout', '120', *words, env=self.environment())
@@ -642,10 +389,10 @@ bluestore block create = true
     def fresh(self, mib=0):
         if not self.process:
             return
-        if 'disk' in self.ceph('rbd', 'ls').split():
-            self.ceph('rbd', 'rm', '--no-progress', 'disk')
+        if 'backup' in self.ceph('rbd', 'ls').split():
+            self.ceph('rbd', 'rm', '--no-progress', 'backup')
         if mib or self.fixed:
-            self.ceph('rbd', 'create', '-s', f'{mib or DISK}M', 'disk')
+            self.ceph('rbd', 'create', '-s', f'{mib or DISK}M', 'backup')
 
     def counters(self):
         return json.loads(self.ceph('ceph', 'daemon', 'osd.0', 'perf', 'dump')
