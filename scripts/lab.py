@@ -412,6 +412,8 @@ class StorageDaemon(Server):
     def qmp(self, command, **arguments):
         """What a QMP command returns"""
         with socket.socket(socket.AF_UNIX) as s:
+            # So that a daemon that hangs does not keep the run
+            s.settimeout(300)
             s.connect(self.monitor)
             with s.makefile('rw', encoding='utf-8') as f:
                 f.readline()

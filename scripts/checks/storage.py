@@ -103,16 +103,18 @@ class Daemon(StorageDaemon):
                 self.process.wait(30)
         self.process.kill()
 
-    def start_backup(self, store, cache=None, **options):
-        """Returns whether the target has a cache"""
+    def add_target(self, store, cache=None):
+        """Returns whether it has a cache"""
         self.qmp('blockdev-add', **{'node-name': 'target',
                                     **qcow2(store.node, cache)})
         nodes = self.qmp('query-blockstats', **{'query-nodes': True})
+        return any('compressed-cache' in node.get('driver-specific', {})
+                   for node in nodes)
+
+    def start_backup(self, **options):
         self.qmp('blockdev-backup', device='disk', target='target', sync='full',
                  compress=True, **{'job-id': 'job', 'auto-dismiss': False,
                                    **options})
-        return any('compressed-cache' in node.get('driver-specific', {})
-                   for node in nodes)
 
     def job(self):
         return self.qmp('query-jobs')[0]
@@ -202,7 +204,8 @@ class Stored(runner.Test):
         self.store.fresh()
         self.create()
         with self.counted() as found, Daemon(self.store.prefix, self.log) as daemon:
-            has_cache = daemon.start_backup(self.store, cache)
+            has_cache = daemon.add_target(self.store, cache)
+            daemon.start_backup()
             expect(has_cache == (self.store.on if cache is None else False),
                    f'whether there is a cache: {has_cache}')
             error = daemon.finish()
@@ -285,8 +288,8 @@ class Stored(runner.Test):
         self.store.fresh()
         self.create()
         with Daemon(self.store.enter, self.log) as daemon:
-            daemon.start_backup(self.store, speed=SPEED,
-                                **{'on-target-error': 'stop'})
+            daemon.add_target(self.store)
+            daemon.start_backup(speed=SPEED, **{'on-target-error': 'stop'})
             wait_for(lambda: daemon.job()['current-progress'] > SIZE * MIB // 4,
                      'a quarter of the backup')
             self.store.kill()
@@ -300,9 +303,14 @@ class Stored(runner.Test):
         """a full store stops a backup, and space lets it end"""
         self.store.fresh()
         self.create()
-        self.store.fill()
         with Daemon(self.store.enter, self.log) as daemon:
-            daemon.start_backup(self.store, **{'on-target-error': 'enospc'})
+            if self.store.waits:
+                daemon.add_target(self.store)
+                self.store.fill()
+            else:
+                self.store.fill()
+                daemon.add_target(self.store)
+            daemon.start_backup(**{'on-target-error': 'enospc'})
             if self.store.waits:
                 time.sleep(5)
                 stopped = daemon.job()

@@ -159,7 +159,7 @@ class Store:
     there are with the cache, metadata how many of them may read or may be one
     way or the other, on whether the cache is on by default. A store that is
     full stops a job as ENOSPC does, unless full is a part of another error, or
-    waits is true: then the job waits.
+    waits is true: then the job waits, as does who opens the image.
 
     section is that of the manual page that has its example.
     """

@@ -374,7 +374,7 @@ bluestore block create = true
     def ready(self):
         try:
             self.counters()
-        except (Failed, ValueError):
+        except (Failed, KeyError, ValueError):
             return False
         return ' up ' in self.ceph('ceph', 'osd', 'dump')
 
@@ -414,6 +414,10 @@ bluestore block create = true
 
     def free(self):
         self.ceph('ceph', 'osd', 'pool', 'set-quota', 'rbd', 'max_bytes', '0')
+
+    def restore(self):
+        self.free()
+        super().restore()
 
 
 NBDKIT = ['nbdkit', '-f', '-U', '{socket}', '--filter=blocksize-policy', 'file',
