@@ -153,6 +153,7 @@ class Stored(runner.Test):
     def create(self, compression='zlib'):
         run(*self.store.enter, QEMU_IMG, 'create', '-q', '-f', 'qcow2', '-o',
             f'compression_type={compression}', self.store.url, f'{SIZE}M')
+        self.store.created()
 
     def verify(self):
         """The image has the data, and is consistent"""

@@ -215,6 +215,9 @@ class Store:
         with open(self.path, 'wb') as f:
             f.truncate(mib * MIB)
 
+    def created(self):
+        """After qemu-img create"""
+
     def prepare(self):
         """Start what there is to start"""
 

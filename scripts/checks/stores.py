@@ -286,7 +286,7 @@ class Nfs(Server):
 class Ceph(Server):
     """An image of a Ceph cluster with one monitor, one manager and one OSD
 
-    fixed: it has its size from the beginning, instead of growing.
+    fixed: it gets its size before it is written, instead of growing.
     """
 
     section = 'Ceph'
@@ -331,6 +331,9 @@ bluestore block create = true
     def __init__(self, folder, fixed=False, direct=False):
         super().__init__(folder)
         self.fixed = fixed
+        if fixed:
+            # librbd merges adjacent writes as well
+            self.fewer = 1
         self.conf = os.path.join(folder, 'ceph.conf')
         self.url = f'rbd:rbd/backup:conf={self.conf}'
         self.node = {'driver': 'rbd', 'pool': 'rbd', 'image': 'backup',
@@ -391,8 +394,13 @@ bluestore block create = true
             return
         if 'backup' in self.ceph('rbd', 'ls').split():
             self.ceph('rbd', 'rm', '--no-progress', 'backup')
-        if mib or self.fixed:
-            self.ceph('rbd', 'create', '-s', f'{mib or DISK}M', 'backup')
+        if mib:
+            self.ceph('rbd', 'create', '-s', f'{mib}M', 'backup')
+
+    def created(self):
+        if self.fixed:
+            self.ceph('rbd', 'resize', '--no-progress', '-s', f'{DISK}M',
+                      'backup')
 
     def counters(self):
         return json.loads(self.ceph('ceph', 'daemon', 'osd.0', 'perf', 'dump')
@@ -452,4 +460,5 @@ STORES = {
     'ceph': Entry(Ceph),
     'ceph-fixed': Entry(lambda f: Ceph(f, fixed=True)),
     'ceph-direct': Entry(lambda f: Ceph(f, direct=True)),
+    'ceph-fixed-direct': Entry(lambda f: Ceph(f, fixed=True, direct=True)),
 }
