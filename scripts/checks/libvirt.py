@@ -17,7 +17,8 @@ import tempfile
 
 from lab import LIBVIRT_QEMU_CONF, Failed, libvirt_guest, wait_for
 from . import runner, storage
-from .stores import Device, Iscsi, end, run
+from .store_base import end, run
+from .stores import Device, Iscsi
 
 FOLDERS = ' '.join(f'/{where}/libvirt' for where in (
     'etc', 'run', 'var/lib', 'var/cache', 'var/log'))

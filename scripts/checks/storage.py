@@ -24,7 +24,8 @@ from lab import (
     KIB, MIB, QEMU_IMG, Failed, Skipped, StorageDaemon, expect, make_once,
     qemu_img, wait_for)
 from . import programs, runner
-from .stores import STORES, run
+from .store_base import run
+from .stores import STORES
 
 FOLDER = os.path.join(os.environ.get('TEST_DIR') or runner.BUILD,
                       'check-storage')

@@ -19,7 +19,7 @@ import typing
 import uuid
 
 from lab import BUILD, MIB, Failed, Skipped, free_port, wait_for
-from .store_base import DISK, LEFT, Loop, Requests, Server, Store, end, run
+from .store_base import DISK, LEFT, Loop, Requests, Server, Store, run
 
 
 class Device(Store):
