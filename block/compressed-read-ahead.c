@@ -22,6 +22,12 @@
 #define CREAD_MIN_WINDOW (128 * KiB)
 #define CREAD_MAX_WINDOW (1 * MiB)
 
+/* For how many reads nothing is read ahead after an error */
+#define CREAD_PAUSE 256
+
+/* How many clusters a stream skips before it has gone on once */
+#define CREAD_MAX_HOLE 16
+
 /* How many clusters are looked up ahead */
 #define CREAD_MAX_FOLLOWING 256
 
@@ -66,6 +72,7 @@ CReadStream *cread_note_locked(CompressedReadCache *c, int64_t offset,
 {
     int64_t near = MAX(8 * c->opts.cluster_size, 1 * MiB);
     CReadStream *stream, *found = NULL;
+    int64_t max_hole = CREAD_MAX_HOLE * c->opts.cluster_size;
     bool exact = false;
 
     if (offset % c->opts.cluster_size) {
@@ -77,7 +84,9 @@ CReadStream *cread_note_locked(CompressedReadCache *c, int64_t offset,
         if (stream->next < 0) {
             continue;
         }
-        exact = stream->next >= hole_start && stream->next <= offset;
+        exact = stream->next <= offset && stream->next >=
+                (stream->nb_exact ? hole_start : MAX(hole_start,
+                                                     offset - max_hole));
         if (exact || (!found && cread_is_active_locked(c, stream) &&
                       offset > stream->next - near &&
                       offset < stream->next + near)) {
@@ -115,10 +124,10 @@ cread_window_locked(CompressedReadCache *c, int64_t window)
     return MIN_NON_ZERO(MIN(limit, window), max_transfer);
 }
 
-void cread_note_failure_locked(CompressedReadCache *c, CReadEntry *piece)
+void cread_note_failure_locked(CompressedReadCache *c)
 {
     c->stats.errors++;
-    c->failed = piece->extent;
+    c->resume_at = c->nb_reads + CREAD_PAUSE;
     for (int i = 0; i < CREAD_STREAMS; i++) {
         c->streams[i].window = CREAD_MIN_WINDOW;
     }
@@ -156,9 +165,6 @@ cread_look_ahead_locked(CompressedReadCache *c, int64_t start, int64_t end,
     for (int i = 0; i < n; i++) {
         CompressedExtent *extent = &ahead->extents[i];
 
-        if (extents_overlap(extent, &c->failed)) {
-            continue;
-        }
         if (!cread_find_piece_locked(c, extent)) {
             ahead->extents[ahead->nb_extents++] = *extent;
         } else if (!ahead->nb_extents) {
@@ -216,7 +222,8 @@ cread_range(CompressedReadCache *c, CReadAhead *ahead, CompressedExtent first,
         return (CompressedExtent) { 0, 0 };
     }
 
-    /* No bounce buffer */
+    /* No bounce buffer; it is 0 for a node that was closed as corrupt */
+    align = MAX(align, 1);
     start = QEMU_ALIGN_DOWN(start, align);
     end = QEMU_ALIGN_UP(end, align);
     return (CompressedExtent) { start, end - start };
@@ -269,10 +276,12 @@ void cread_choose_piece_locked(CompressedRead *read, CReadStream *stream,
         }
     } else {
         c->stats.misses++;
-        if ((!sequential && end <= cluster_end) ||
-            extents_overlap(&read->extent, &c->failed)) {
+        if (!sequential && end <= cluster_end) {
             return;
         }
+    }
+    if (c->nb_reads < c->resume_at) {
+        return;
     }
 
     ahead = g_new(CReadAhead, 1);
@@ -295,7 +304,8 @@ void cread_choose_piece_locked(CompressedRead *read, CReadStream *stream,
         read->piece = cread_add_piece_locked(c, range);
         read->read_piece = read->piece;
     }
-    if (range.bytes && sequential) {
+    /* Also if not even two clusters fit */
+    if (sequential) {
         stream->window = MIN(2 * stream->window, CREAD_MAX_WINDOW);
     }
 }

@@ -240,9 +240,6 @@ void cread_forget_locked(CompressedReadCache *c,
     unsigned n = cread_forget_list_locked(c, &c->pieces, range) +
                  cread_forget_list_locked(c, &c->clusters, range);
 
-    if (extents_overlap(&c->failed, range)) {
-        c->failed.bytes = 0;
-    }
     if (n) {
         trace_cread_forget(c->bs, range->offset, range->bytes, n);
         c->stats.forgotten += n;

@@ -91,7 +91,7 @@ cread_co_read_piece(CompressedReadCache *c, CReadEntry *piece, bool ahead)
     c->stats.pieces++;
     c->stats.piece_bytes += piece->extent.bytes;
     if (ret < 0) {
-        cread_note_failure_locked(c, piece);
+        cread_note_failure_locked(c);
         if (piece->listed) {
             cread_unlist_locked(c, &c->pieces, piece);
         }
@@ -99,12 +99,19 @@ cread_co_read_piece(CompressedReadCache *c, CReadEntry *piece, bool ahead)
     cread_done_locked(piece, ret >= 0);
 }
 
-/* Read the next piece, if nobody else has begun to meanwhile */
+/*
+ * Read the next piece, if nobody else has begun to meanwhile, and if nobody
+ * waits for the node to be drained
+ */
 static void coroutine_fn GRAPH_RDLOCK
 cread_co_read_ahead(CompressedReadCache *c, const CompressedExtent *first,
                     CompressedExtent range)
 {
     CReadEntry *piece = NULL;
+
+    if (qatomic_read(&c->bs->quiesce_counter)) {
+        return;
+    }
 
     WITH_QEMU_LOCK_GUARD(&c->lock) {
         if (c->bs->file && c->bs->file->bs == c->child_bs &&
@@ -208,9 +215,6 @@ cread_co_decompress(CompressedRead *read, void *dest)
     CompressedReadCache *c = read->c;
     bool ok = false;
 
-    if (read->read_piece) {
-        cread_co_read_piece(c, read->piece, false);
-    }
     if (read->piece) {
         WITH_QEMU_LOCK_GUARD(&c->lock) {
             ok = cread_co_wait_locked(c, read->piece);
@@ -247,6 +251,11 @@ int coroutine_fn cread_co_read(CompressedRead *read, QEMUIOVector *qiov,
     CompressedReadCache *c = read->c;
     uint8_t *buf = NULL, *out_buf = NULL;
     int ret = 0;
+
+    /* First of all, whatever happens to this read: others wait for it */
+    if (read->read_piece) {
+        cread_co_read_piece(c, read->piece, false);
+    }
 
     if (read->make_cluster) {
         ret = cread_co_make_cluster(read);

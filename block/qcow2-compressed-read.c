@@ -19,7 +19,8 @@
  *
  * The cache for compressed writes has the data of a new L2 entry from the
  * beginning, but not for long.  So what is known of its place is forgotten when
- * it is allocated as well: there is no time at which reads find neither.
+ * it is allocated as well.  A read at the same time can leave it in the cache
+ * again, but not beyond the end of the write.
  *
  * What changes without us, because the nodes below are others, or another
  * process had the image, changes in a drained section, or no later than the
@@ -74,12 +75,9 @@ static uint64_t *qcow2_get_cached_slice(BlockDriverState *bs, int64_t offset)
 }
 
 static bool GRAPH_RDLOCK
-qcow2_is_compressed(BlockDriverState *bs, uint64_t *slice, int i)
+qcow2_is_compressed(BlockDriverState *bs, uint64_t l2_entry)
 {
-    BDRVQcow2State *s = bs->opaque;
-
-    return qcow2_get_cluster_type(bs, get_l2_entry(s, slice, i)) ==
-           QCOW2_CLUSTER_COMPRESSED;
+    return qcow2_get_cluster_type(bs, l2_entry) == QCOW2_CLUSTER_COMPRESSED;
 }
 
 /* CompressedReadOptions.following */
@@ -103,8 +101,11 @@ qcow2_following(BlockDriverState *bs, int64_t start, int64_t end,
     stop = MIN(i + MIN(size_to_clusters(s, end - start), MAX_LOOKED_AT),
                s->l2_slice_size);
     for (; i < stop && n < max; i++) {
-        if (qcow2_is_compressed(bs, slice, i) &&
-            qcow2_get_extent(bs, get_l2_entry(s, slice, i), &extents[n])) {
+        /* Once: a timer can drop the table meanwhile */
+        uint64_t l2_entry = get_l2_entry(s, slice, i);
+
+        if (qcow2_is_compressed(bs, l2_entry) &&
+            qcow2_get_extent(bs, l2_entry, &extents[n])) {
             n++;
         }
     }
@@ -121,7 +122,8 @@ qcow2_get_hole_start(BlockDriverState *bs, int64_t offset)
     int stop = MAX(i - MAX_LOOKED_AT, 0);
     int64_t nb_clusters = 0;
 
-    while (slice && --i >= stop && !qcow2_is_compressed(bs, slice, i)) {
+    while (slice && --i >= stop &&
+           !qcow2_is_compressed(bs, get_l2_entry(s, slice, i))) {
         nb_clusters++;
     }
     return start_of_cluster(s, offset) - (nb_clusters << s->cluster_bits);
@@ -141,6 +143,22 @@ qcow2_co_read_compressed(BlockDriverState *bs, int64_t offset, int64_t bytes,
     return bdrv_co_preadv(bs->file, offset, bytes, qiov, 0);
 }
 
+/* Whether somebody else may write to the image at any time */
+static bool GRAPH_RDLOCK qcow2_is_shared(BlockDriverState *bs)
+{
+    BdrvChild *child;
+
+    if (bs->force_share) {
+        return true;
+    }
+    QLIST_FOREACH(child, &bs->children, next) {
+        if (!(child->role & BDRV_CHILD_COW) && qcow2_is_shared(child->bs)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 void qcow2_update_compressed_read(BlockDriverState *bs)
 {
     BDRVQcow2State *s = bs->opaque;
@@ -154,8 +172,7 @@ void qcow2_update_compressed_read(BlockDriverState *bs)
 
     qcow2_free_compressed_read(bs);
 
-    /* With force-share, somebody else may write at any time */
-    if (bs->force_share ||
+    if (qcow2_is_shared(bs) ||
         (s->incompatible_features & QCOW2_INCOMPAT_DATA_FILE)) {
         return;
     }

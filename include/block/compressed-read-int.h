@@ -71,8 +71,8 @@ struct CompressedReadCache {
     /* The node that everything was read from; only compared */
     BlockDriverState *child_bs;
 
-    /* A piece could not be read here: nothing is read ahead */
-    CompressedExtent failed;
+    /* A piece could not be read: each reads its own until @nb_reads is this */
+    uint64_t resume_at;
 
     /* Memory of all entries, also of those that are not listed any more */
     int64_t bytes;
@@ -167,7 +167,7 @@ CReadStream *cread_note_locked(CompressedReadCache *c, int64_t offset,
                                int64_t bytes, int64_t end, int64_t hole_start);
 
 /* A piece could not be read.  Called with c->lock held. */
-void cread_note_failure_locked(CompressedReadCache *c, CReadEntry *piece);
+void cread_note_failure_locked(CompressedReadCache *c);
 
 /* Add a piece, or return NULL.  Called with c->lock held. */
 CReadEntry * GRAPH_RDLOCK

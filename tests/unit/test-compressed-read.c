@@ -485,6 +485,35 @@ FIXTURE_TEST(readers_at_the_same_time_share)
     g_assert_cmpuint(t->disk->nb.reads, <=, 2);
 }
 
+static void release_bh(void *opaque)
+{
+    Test *t = opaque;
+
+    disk_set_hold(t->disk, DISK_READ, HOLD_NEVER);
+    disk_wake(t->disk);
+}
+
+FIXTURE_TEST(drain_does_not_wait_for_what_is_ahead)
+{
+    TestOp ops[2];
+
+    test_read(t, 0, CLUSTER);
+    disk_set_hold(t->disk, DISK_READ, HOLD_BEFORE);
+    for (int i = 0; i < 2; i++) {
+        op_start_read(&ops[i], t, (i + 1) * CLUSTER, CLUSTER);
+    }
+    settle();
+    aio_bh_schedule_oneshot(qemu_get_aio_context(), release_bh, t);
+    bdrv_drained_begin(t->bs);
+    for (int i = 0; i < 2; i++) {
+        g_assert_cmpint(ops[i].ret, ==, 0);
+        op_check(&ops[i]);
+        op_free(&ops[i]);
+    }
+    g_assert_cmpuint(t->disk->nb.reads, ==, 2);
+    bdrv_drained_end(t->bs);
+}
+
 /* ---- Errors ---- */
 
 FIXTURE_TEST(error_of_a_piece_is_nobodys)
@@ -498,6 +527,24 @@ FIXTURE_TEST(error_of_a_piece_is_nobodys)
     g_assert_cmpuint(t->disk->nb.reads, ==, 1 + 4);
     disk_set_fault(t->disk, (DiskFault) {});
     test_read(t, 0, 4 * CLUSTER);
+}
+
+FIXTURE_TEST(after_an_error_nothing_is_read_ahead)
+{
+    disk_set_fault(t->disk, (DiskFault) {
+        .kinds = DISK_READ, .first = 1, .error = EIO,
+    });
+    test_read(t, 0, 4 * CLUSTER);
+    disk_set_fault(t->disk, (DiskFault) {});
+    disk_reset_counts(t->disk);
+    for (int i = 4; i < 16; i++) {
+        test_read(t, i * CLUSTER, CLUSTER);
+    }
+    g_assert_cmpuint(t->disk->nb.reads, ==, 12);
+    test_read(t, 16 * CLUSTER, (NB_CLUSTERS - 16) * CLUSTER);
+    disk_reset_counts(t->disk);
+    test_read(t, 0, 16 * CLUSTER);
+    g_assert_cmpuint(t->disk->nb.reads, <, 4);
 }
 
 FIXTURE_TEST(error_of_the_own_cluster_is_returned)
