@@ -117,6 +117,7 @@ check-storage:
 	@scripts/deps storage $(if $(STORES),$(filter ceph,$(STORES)),ceph) || \
 		echo 'The stores that need them are skipped.'
 	@scripts/build demo test
+	@$(if $(filter libvirt,$(or $(STORES),libvirt)),WITH= scripts/build)
 	@scripts/check storage
 
 check-tsan: export WITH = tsan

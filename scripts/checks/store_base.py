@@ -112,10 +112,11 @@ class Space:
             self.undo = stack.pop_all()
 
     def mount(self, stack, *args):
-        os.makedirs(self.folder, exist_ok=True)
-        run('mount', *args, self.folder)
+        folder = self.folder
+        os.makedirs(folder, exist_ok=True)
+        run('mount', *args, folder)
         stack.callback(wait_for, lambda: not subprocess.call(
-            ['umount', self.folder]), f'umount {self.folder}', 30)
+            ['umount', folder]), f'umount {folder}', 30)
 
     def fill(self):
         """Leave only a little"""
