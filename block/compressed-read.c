@@ -99,19 +99,12 @@ cread_co_read_piece(CompressedReadCache *c, CReadEntry *piece, bool ahead)
     cread_done_locked(piece, ret >= 0);
 }
 
-/*
- * Read the next piece, if nobody else has begun to meanwhile, and if nobody
- * waits for the node to be drained
- */
+/* Read the next piece, if nobody else has begun to meanwhile */
 static void coroutine_fn GRAPH_RDLOCK
 cread_co_read_ahead(CompressedReadCache *c, const CompressedExtent *first,
                     CompressedExtent range)
 {
     CReadEntry *piece = NULL;
-
-    if (qatomic_read(&c->bs->quiesce_counter)) {
-        return;
-    }
 
     WITH_QEMU_LOCK_GUARD(&c->lock) {
         if (c->bs->file && c->bs->file->bs == c->child_bs &&

@@ -357,7 +357,7 @@ def disk_rows():
         text_source, 64, compression='zlib', delay='2ms')
     for key, text, source, reach in [
             ('random', 'random data', random_source,
-             ratio('off', 'on', 'writes', at_least=14)),
+             ratio('off', 'on', 'requests', at_least=14)),
             ('half-random', 'clusters, half of them random data, the others'
              ' compressing to 40 to 60 %', half_random_source,
              value_of('on', 'requests', at_most=100))]:

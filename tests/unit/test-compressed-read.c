@@ -485,35 +485,6 @@ FIXTURE_TEST(readers_at_the_same_time_share)
     g_assert_cmpuint(t->disk->nb.reads, <=, 2);
 }
 
-static void release_bh(void *opaque)
-{
-    Test *t = opaque;
-
-    disk_set_hold(t->disk, DISK_READ, HOLD_NEVER);
-    disk_wake(t->disk);
-}
-
-FIXTURE_TEST(drain_does_not_wait_for_what_is_ahead)
-{
-    TestOp ops[2];
-
-    test_read(t, 0, CLUSTER);
-    disk_set_hold(t->disk, DISK_READ, HOLD_BEFORE);
-    for (int i = 0; i < 2; i++) {
-        op_start_read(&ops[i], t, (i + 1) * CLUSTER, CLUSTER);
-    }
-    settle();
-    aio_bh_schedule_oneshot(qemu_get_aio_context(), release_bh, t);
-    bdrv_drained_begin(t->bs);
-    for (int i = 0; i < 2; i++) {
-        g_assert_cmpint(ops[i].ret, ==, 0);
-        op_check(&ops[i]);
-        op_free(&ops[i]);
-    }
-    g_assert_cmpuint(t->disk->nb.reads, ==, 2);
-    bdrv_drained_end(t->bs);
-}
-
 /* ---- Errors ---- */
 
 FIXTURE_TEST(error_of_a_piece_is_nobodys)
