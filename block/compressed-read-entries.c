@@ -27,42 +27,10 @@
 /* From this size on, a buffer is not on the heap */
 #define CREAD_MIN_MAPPED (128 * KiB)
 
-/*
- * Pieces come and go in all sizes.  On the heap, they leave gaps that nothing
- * fits into: so large ones are not there.
- */
-static bool cread_is_mapped(int64_t size, size_t align)
+/* Whole pages of @size */
+static size_t cread_mapped_size(int64_t size)
 {
-#ifdef CONFIG_POSIX
-    return size >= CREAD_MIN_MAPPED && align <= qemu_real_host_page_size();
-#else
-    return false;
-#endif
-}
-
-/* Returns: the buffer, or NULL */
-static void *cread_alloc(int64_t size, size_t align)
-{
-#ifdef CONFIG_POSIX
-    if (cread_is_mapped(size, align)) {
-        void *buf = mmap(NULL, size, PROT_READ | PROT_WRITE,
-                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-        return buf == MAP_FAILED ? NULL : buf;
-    }
-#endif
-    return qemu_try_memalign(align, size);
-}
-
-static void cread_free_buf(CReadEntry *entry)
-{
-#ifdef CONFIG_POSIX
-    if (entry->mapped) {
-        munmap(entry->buf, entry->size);
-        return;
-    }
-#endif
-    qemu_vfree(entry->buf);
+    return ROUND_UP(size, qemu_real_host_page_size());
 }
 
 /* Called with c->lock held */
@@ -70,7 +38,11 @@ static void cread_free_unused_locked(CompressedReadCache *c, CReadEntry *entry)
 {
     if (!entry->listed && !entry->nb_users) {
         c->bytes -= entry->size;
-        cread_free_buf(entry);
+        if (entry->mapped) {
+            qemu_anon_ram_free(entry->buf, cread_mapped_size(entry->size));
+        } else {
+            qemu_vfree(entry->buf);
+        }
         g_free(entry);
     }
 }
@@ -147,11 +119,19 @@ CReadEntry *cread_add_locked(CompressedReadCache *c, CReadList *list,
 {
     CReadEntry *entry;
     void *buf;
+    /*
+     * Pieces come and go in all sizes.  On the heap, they leave gaps that
+     * nothing fits into: so large ones are not there.
+     */
+    bool mapped = size >= CREAD_MIN_MAPPED &&
+                  align <= qemu_real_host_page_size();
 
     if (size > c->opts.cache_size || !cread_make_room_locked(c, list, size)) {
         return NULL;
     }
-    buf = cread_alloc(size, align);
+    buf = mapped ? qemu_anon_ram_alloc(cread_mapped_size(size), NULL, false,
+                                       false) :
+                   qemu_try_memalign(align, size);
     if (!buf) {
         return NULL;
     }
@@ -160,7 +140,7 @@ CReadEntry *cread_add_locked(CompressedReadCache *c, CReadList *list,
     entry->extent = extent;
     entry->buf = buf;
     entry->size = size;
-    entry->mapped = cread_is_mapped(size, align);
+    entry->mapped = mapped;
     entry->state = CREAD_BUSY;
     qemu_co_queue_init(&entry->waiters);
     entry->nb_users = 1;

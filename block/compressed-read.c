@@ -53,11 +53,6 @@ CompressedReadCache *cread_new(BlockDriverState *bs,
     return c;
 }
 
-int64_t cread_cache_size(const CompressedReadCache *c)
-{
-    return c->opts.cache_size;
-}
-
 void cread_free(CompressedReadCache *c)
 {
     if (!c) {
@@ -145,7 +140,7 @@ CompressedRead *cread_begin(CompressedReadCache *c, int64_t offset,
         c->child_bs = c->bs->file->bs;
     }
 
-    read = g_new0(CompressedRead, 1);
+    read = g_new(CompressedRead, 1);
     *read = (CompressedRead) {
         .c = c,
         .extent = extent,

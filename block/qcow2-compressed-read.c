@@ -204,6 +204,9 @@ void qcow2_forget_compressed(BlockDriverState *bs, GArray *allocs)
 {
     BDRVQcow2State *s = bs->opaque;
 
+    if (!s->compressed_reads) {
+        return;
+    }
     for (guint i = 0; i < allocs->len; i++) {
         Qcow2CompressedAlloc *alloc = &g_array_index(allocs,
                                                      Qcow2CompressedAlloc, i);

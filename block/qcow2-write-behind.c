@@ -265,19 +265,12 @@ qcow2_co_write_incompressible_locked(BlockDriverState *bs, uint64_t offset,
                                 "invalid write of data to a cluster in use");
         ret = -EIO;
     } else {
-        ret = qcow2_alloc_cluster_link_l2(bs, m);
+        ret = qcow2_handle_l2meta(bs, &m, true);
     }
     trace_qcow2_write_incompressible(bs, offset, host_offset, ret);
 
-    if (ret < 0 && m) {
-        /* Frees the cluster, so that it leaves the cache as well */
-        qcow2_alloc_cluster_abort(bs, m);
-    }
-    if (m) {
-        QLIST_REMOVE(m, next_in_flight);
-        qemu_co_queue_restart_all(&m->dependent_requests);
-        g_free(m);
-    }
+    /* After a failure this frees the cluster, so that it leaves the cache */
+    qcow2_handle_l2meta(bs, &m, false);
     return ret;
 }
 

@@ -89,14 +89,6 @@ CompressedReadCache *cread_new(BlockDriverState *bs,
 void cread_free(CompressedReadCache *c);
 
 /**
- * cread_cache_size:
- * @c: the cache.
- *
- * Returns: the memory that it can take at most, in bytes.
- */
-int64_t cread_cache_size(const CompressedReadCache *c);
-
-/**
  * cread_begin:
  * @c: the cache.
  * @offset: where the read begins in the image.

@@ -542,6 +542,17 @@ BlockBackend *user_new(BlockDriverState *bs)
     return blk;
 }
 
+void disk_replace(BlockDriverState *from, BlockDriverState *to)
+{
+    bdrv_drained_begin(from);
+    bdrv_drained_begin(to);
+    bdrv_graph_wrlock();
+    bdrv_replace_node(from, to, &error_abort);
+    bdrv_graph_wrunlock();
+    bdrv_drained_end(to);
+    bdrv_drained_end(from);
+}
+
 void disk_set_hold(Disk *d, unsigned kinds, DiskHold where)
 {
     QEMU_LOCK_GUARD(&d->lock);

@@ -138,6 +138,9 @@ extern BlockDriver bdrv_disk;
 /* A user of a node, who may write beyond its end */
 BlockBackend *user_new(BlockDriverState *bs);
 
+/* Put @to in the place of @from, as a job does it */
+void disk_replace(BlockDriverState *from, BlockDriverState *to);
+
 /*
  * A new node with the driver @drv: bdrv_disk, with a DiskConfig that is copied,
  * or one that is made from that and has a @config of its own

@@ -716,15 +716,8 @@ static void test_replaced_child(Test *t, gconstpointer opaque)
     expect_map(t, 1);
     expect_status(t, 0, ZERO);
 
-    /* As a job does it */
     other = extents_disk_new("third", &striped.disk);
-    bdrv_drained_begin(t->disk_bs);
-    bdrv_drained_begin(other);
-    bdrv_graph_wrlock();
-    bdrv_replace_node(t->disk_bs, other, &error_abort);
-    bdrv_graph_wrunlock();
-    bdrv_drained_end(other);
-    bdrv_drained_end(t->disk_bs);
+    disk_replace(t->disk_bs, other);
     new_child(t, other);
     expect_status(t, 0, DATA);
 }

@@ -673,13 +673,7 @@ FIXTURE_TEST(another_child_is_read_anew)
         compress(d->data + t->node->extents[i].offset,
                  t->node->extents[i].bytes, i, 9);
     }
-    bdrv_drained_begin(t->disk_bs);
-    bdrv_drained_begin(other);
-    bdrv_graph_wrlock();
-    bdrv_replace_node(t->disk_bs, other, &error_abort);
-    bdrv_graph_wrunlock();
-    bdrv_drained_end(other);
-    bdrv_drained_end(t->disk_bs);
+    disk_replace(t->disk_bs, other);
     test_read(t, 0, 512);
     test_read(t, 0, 8 * CLUSTER);
     bdrv_unref(other);

@@ -72,19 +72,21 @@ def _of_node(machine: Machine, command: str, node: str, **kwargs: Any) -> Node:
     return next(dict(n) for n in nodes if n.get('node-name') == node)
 
 
+def _specific_stats(machine: Machine, node: str) -> Dict[str, Any]:
+    return dict(_of_node(machine, 'query-blockstats', node,
+                         **{'query-nodes': True}).get('driver-specific', {}))
+
+
 def cache_stats(machine: Machine, node: str) -> Dict[str, Any]:
     '''
     The statistics of the cache that a qcow2, seqcache or cacheextents node
     has, {} if it has none
     '''
-    stats = dict(_of_node(machine, 'query-blockstats', node,
-                          **{'query-nodes': True}).get('driver-specific', {}))
+    stats = _specific_stats(machine, node)
     stats.pop('driver', None)
-    has_read_cache = bool(stats.pop('compressed-read-cache', {}))
-    if 'compressed-cache' in stats:
-        cache = stats.pop('compressed-cache')
-        return {**stats, **cache}
-    return {} if has_read_cache else stats
+    reads = stats.pop('compressed-read-cache', {})
+    cache = stats.pop('compressed-cache', {})
+    return {} if reads and not cache else {**stats, **cache}
 
 
 def read_stats(machine: Machine, node: str) -> Dict[str, Any]:
@@ -92,8 +94,7 @@ def read_stats(machine: Machine, node: str) -> Dict[str, Any]:
     The statistics of the cache for reads of compressed clusters that a qcow2
     node has, {} if it has none
     '''
-    stats = _of_node(machine, 'query-blockstats', node,
-                     **{'query-nodes': True}).get('driver-specific', {})
+    stats = _specific_stats(machine, node)
     return dict(stats.get('compressed-read-cache', {}))
 
 

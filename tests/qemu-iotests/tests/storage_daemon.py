@@ -4,7 +4,7 @@
 
 import os
 import time
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 from images import Node, dashes
 from machines import cache_stats, virtual_size
@@ -45,6 +45,16 @@ class Daemon:
         self.cmd('block-export-add', type='nbd', id=name, node_name=node,
                  name=name, writable=writable)
         return Client(self.path, name)
+
+    def export_packed(self, node: Node) -> Tuple[Client, Client]:
+        '''
+        Add a node, and one above it that compresses what is written; connect
+        a client to each
+        '''
+        self.add(node)
+        self.add({'driver': 'compress', 'node-name': 'packed',
+                  'file': node['node-name']})
+        return self.export(node['node-name']), self.export('packed')
 
     def unexport(self, name: str) -> None:
         '''End an export, and wait until it has gone'''
