@@ -22,6 +22,10 @@
 #define CREAD_MIN_WINDOW (128 * KiB)
 #define CREAD_MAX_WINDOW (1 * MiB)
 
+/* How much is read ahead of a stream, and how much if reading is slow */
+#define CREAD_MIN_DEPTH (1 * MiB)
+#define CREAD_MAX_DEPTH (4 * MiB)
+
 /* For how many reads nothing is read ahead after an error */
 #define CREAD_PAUSE 256
 
@@ -30,6 +34,9 @@
 
 /* How many clusters are looked up ahead */
 #define CREAD_MAX_FOLLOWING 256
+
+/* Of how many clusters in a row it is found out that they are alone */
+#define CREAD_MAX_ALONE 32
 
 /* ---- Streams ---- */
 
@@ -96,7 +103,9 @@ CReadStream *cread_note_locked(CompressedReadCache *c, int64_t offset,
 
     if (!found) {
         found = cread_new_stream_locked(c);
-        *found = (CReadStream) { .window = CREAD_MIN_WINDOW };
+        *found = (CReadStream) {
+            .window = CREAD_MIN_WINDOW, .depth = CREAD_MIN_DEPTH,
+        };
         trace_cread_stream(c->bs, offset, bytes);
     }
     found->nb_exact += exact && found->end != end;
@@ -107,21 +116,17 @@ CReadStream *cread_note_locked(CompressedReadCache *c, int64_t offset,
 }
 
 /*
- * How large a piece may be that should be @window bytes.  All active streams
- * together do not drop what they have not used yet.  Called with c->lock held.
+ * How much can be read ahead of each active stream, so that none drops what
+ * another one has not used yet.  Called with c->lock held.
  */
-static int64_t GRAPH_RDLOCK
-cread_window_locked(CompressedReadCache *c, int64_t window)
+static int64_t cread_share_locked(CompressedReadCache *c)
 {
-    int64_t limit = c->opts.cache_size / 4 * 3;
-    int64_t max_transfer = c->bs->file->bs->bl.max_transfer;
     unsigned nb_active = 0;
 
     for (int i = 0; i < CREAD_STREAMS; i++) {
         nb_active += cread_is_active_locked(c, &c->streams[i]);
     }
-    limit = MIN(limit / (2 * MAX(nb_active, 1)), CREAD_MAX_WINDOW);
-    return MIN_NON_ZERO(MIN(limit, window), max_transfer);
+    return c->opts.cache_size / 4 * 3 / MAX(nb_active, 1);
 }
 
 void cread_note_failure_locked(CompressedReadCache *c)
@@ -135,19 +140,25 @@ void cread_note_failure_locked(CompressedReadCache *c)
 
 /* ---- Pieces ---- */
 
-/* What may be read ahead, in guest order */
+/* What follows, as far as it is looked up */
 typedef struct CReadAhead {
+    /* What is not in a piece, in guest order and in the order of the file */
     CompressedExtent extents[CREAD_MAX_FOLLOWING];
+    CompressedExtent sorted[CREAD_MAX_FOLLOWING];
     int nb_extents;
-    /* What the reader will find in pieces before it comes to the first one */
+    /* What is in a piece */
     int nb_covered;
     int64_t bytes_covered;
 } CReadAhead;
 
-/*
- * Look up which clusters follow that are not in a piece.  Called with c->lock
- * held.
- */
+static int compare_extents(const void *a, const void *b)
+{
+    const CompressedExtent *x = a, *y = b;
+
+    return x->offset < y->offset ? -1 : x->offset > y->offset;
+}
+
+/* Called with c->lock held */
 static void GRAPH_RDLOCK
 cread_look_ahead_locked(CompressedReadCache *c, int64_t start, int64_t end,
                         CReadAhead *ahead)
@@ -167,49 +178,38 @@ cread_look_ahead_locked(CompressedReadCache *c, int64_t start, int64_t end,
 
         if (!cread_find_piece_locked(c, extent)) {
             ahead->extents[ahead->nb_extents++] = *extent;
-        } else if (!ahead->nb_extents) {
+        } else {
             ahead->nb_covered++;
             ahead->bytes_covered += extent->bytes;
         }
     }
-}
-
-static int compare_extents(const void *a, const void *b)
-{
-    const CompressedExtent *x = a, *y = b;
-
-    return x->offset < y->offset ? -1 : x->offset > y->offset;
+    memcpy(ahead->sorted, ahead->extents,
+           ahead->nb_extents * sizeof(ahead->sorted[0]));
+    qsort(ahead->sorted, ahead->nb_extents, sizeof(ahead->sorted[0]),
+          compare_extents);
 }
 
 /*
  * The range around @first of at most @window bytes that has as many of the
- * clusters in @ahead, which is sorted, as possible.  What is between them is
- * never as much as a cluster, so no other cluster is read.
+ * clusters in @ahead as possible.  What is between them is never as much as a
+ * cluster, so no other cluster is read.  What lies before @first comes first:
+ * else it would be left alone.
  *
  * Returns: the range; of 0 bytes if it would have no other cluster than @first.
  */
 static CompressedExtent GRAPH_RDLOCK
-cread_range(CompressedReadCache *c, CReadAhead *ahead, CompressedExtent first,
-            int64_t window)
+cread_range(CompressedReadCache *c, const CReadAhead *ahead,
+            CompressedExtent first, int64_t window)
 {
     uint32_t align = c->bs->file->bs->bl.request_alignment;
     int64_t start = first.offset, end = extent_end(&first);
-    CompressedExtent *extents = ahead->extents;
+    const CompressedExtent *extents = ahead->sorted;
     int i, middle = 0, nb_others = 0;
 
-    qsort(extents, ahead->nb_extents, sizeof(*extents), compare_extents);
     while (middle < ahead->nb_extents && extents[middle].offset < start) {
         middle++;
     }
 
-    for (i = middle; i < ahead->nb_extents; i++) {
-        if (extents[i].offset - end >= c->opts.cluster_size ||
-            extent_end(&extents[i]) - start > window) {
-            break;
-        }
-        nb_others += extents[i].offset != first.offset;
-        end = MAX(end, extent_end(&extents[i]));
-    }
     for (i = middle - 1; i >= 0; i--) {
         if (start - extent_end(&extents[i]) >= c->opts.cluster_size ||
             end - extents[i].offset > window) {
@@ -217,6 +217,14 @@ cread_range(CompressedReadCache *c, CReadAhead *ahead, CompressedExtent first,
         }
         nb_others++;
         start = extents[i].offset;
+    }
+    for (i = middle; i < ahead->nb_extents; i++) {
+        if (extents[i].offset - end >= c->opts.cluster_size ||
+            extent_end(&extents[i]) - start > window) {
+            break;
+        }
+        nb_others += extents[i].offset != first.offset;
+        end = MAX(end, extent_end(&extents[i]));
     }
     if (!nb_others) {
         return (CompressedExtent) { 0, 0 };
@@ -237,20 +245,20 @@ CReadEntry *cread_add_piece_locked(CompressedReadCache *c,
 }
 
 /*
- * Whether the reader will find in pieces half a window of what follows.  If so,
- * this need not be looked up again as long as it is so.
+ * Whether @bytes of what follows are in pieces, or being read.  If so, this
+ * need not be looked up again as long as it is so.
  */
 static bool cread_is_covered(CompressedReadCache *c, CReadStream *stream,
                              const CReadAhead *ahead, int64_t cluster_end,
-                             int64_t window)
+                             int64_t bytes)
 {
     int64_t nb_more = ahead->nb_covered;
 
     if (ahead->nb_covered < CREAD_MAX_FOLLOWING / 2) {
-        if (ahead->bytes_covered < window / 2) {
+        if (ahead->bytes_covered < bytes) {
             return false;
         }
-        nb_more -= ahead->nb_covered * (window / 2) / ahead->bytes_covered;
+        nb_more -= ahead->nb_covered * bytes / ahead->bytes_covered;
     } else {
         nb_more -= CREAD_MAX_FOLLOWING / 2;
     }
@@ -258,19 +266,67 @@ static bool cread_is_covered(CompressedReadCache *c, CReadStream *stream,
     return true;
 }
 
+/*
+ * Add a piece of what follows a stream that was not found in one.  A cluster
+ * that has no others around it is left to its reader.  Called with c->lock
+ * held.
+ *
+ * Returns: the piece, to be read in the background; or NULL.
+ */
+static CReadEntry * GRAPH_RDLOCK
+cread_add_ahead_locked(CompressedReadCache *c, CReadStream *stream,
+                       const CReadAhead *ahead, int64_t cluster_end,
+                       int64_t window)
+{
+    CReadEntry *piece;
+    CompressedExtent range;
+    int i;
+
+    for (i = 0; i < MIN(ahead->nb_extents, CREAD_MAX_ALONE); i++) {
+        range = cread_range(c, ahead, ahead->extents[i], window);
+        if (range.bytes) {
+            piece = cread_add_piece_locked(c, range);
+            if (piece) {
+                piece->ahead = true;
+            }
+            return piece;
+        }
+    }
+    i = ahead->nb_extents ? i / 2 : ahead->nb_covered;
+    stream->look_at = cluster_end + i * c->opts.cluster_size;
+    return NULL;
+}
+
+/* @read has found a piece.  Called with c->lock held. */
+static void cread_note_hit_locked(CompressedRead *read, CReadStream *stream)
+{
+    CompressedReadCache *c = read->c;
+    CReadEntry *piece = read->piece;
+
+    c->stats.hits++;
+    cread_use_locked(c, &c->pieces, piece);
+    if (piece->ahead && piece->state == CREAD_BUSY) {
+        /* It came too late */
+        piece->ahead = false;
+        stream->depth = MIN(2 * stream->depth, CREAD_MAX_DEPTH);
+        stream->look_at = 0;
+    }
+}
+
 void cread_choose_piece_locked(CompressedRead *read, CReadStream *stream,
                                int64_t cluster_end, int64_t end)
 {
     CompressedReadCache *c = read->c;
     bool sequential = stream->nb_exact > 0;
+    /* Begin slowly; what the request is for is not read in vain */
+    bool slowly = sequential && stream->window < CREAD_MAX_WINDOW;
     g_autofree CReadAhead *ahead = NULL;
     CompressedExtent range;
-    int64_t window;
+    int64_t share, window, depth;
 
     read->piece = cread_find_piece_locked(c, &read->extent);
     if (read->piece) {
-        c->stats.hits++;
-        cread_use_locked(c, &c->pieces, read->piece);
+        cread_note_hit_locked(read, stream);
         if (!sequential || cluster_end <= stream->look_at) {
             return;
         }
@@ -280,32 +336,34 @@ void cread_choose_piece_locked(CompressedRead *read, CReadStream *stream,
             return;
         }
     }
-    if (c->nb_reads < c->resume_at) {
+    if (c->nb_reads < c->resume_at || qatomic_read(&c->bs->quiesce_counter)) {
         return;
     }
 
     ahead = g_new(CReadAhead, 1);
     cread_look_ahead_locked(c, cluster_end, sequential ? INT64_MAX : end,
                             ahead);
-    /* What the request is for is not read in vain */
-    window = cread_window_locked(c, sequential ? stream->window :
-                                    CREAD_MAX_WINDOW);
-    if (!ahead->nb_extents ||
-        (read->piece &&
-         cread_is_covered(c, stream, ahead, cluster_end, window))) {
+    share = cread_share_locked(c);
+    window = MIN(slowly ? stream->window : CREAD_MAX_WINDOW, share / 2);
+    depth = MIN(slowly ? window / 4 : stream->depth, share - window);
+    window = MIN_NON_ZERO(window, c->bs->file->bs->bl.max_transfer);
+    if (read->piece &&
+        cread_is_covered(c, stream, ahead, cluster_end, depth)) {
         return;
     }
 
-    read->first = read->piece ? ahead->extents[0] : read->extent;
-    range = cread_range(c, ahead, read->first, window);
     if (read->piece) {
-        read->ahead = range;
-    } else if (range.bytes) {
-        read->piece = cread_add_piece_locked(c, range);
-        read->read_piece = read->piece;
+        read->ahead = cread_add_ahead_locked(c, stream, ahead, cluster_end,
+                                             window);
+    } else {
+        range = cread_range(c, ahead, read->extent, window);
+        if (range.bytes) {
+            read->piece = cread_add_piece_locked(c, range);
+            read->read_piece = read->piece;
+        }
     }
     /* Also if not even two clusters fit */
-    if (sequential) {
-        stream->window = MIN(2 * stream->window, CREAD_MAX_WINDOW);
+    if (slowly) {
+        stream->window *= 2;
     }
 }

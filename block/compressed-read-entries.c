@@ -137,6 +137,7 @@ CReadEntry *cread_add_locked(CompressedReadCache *c, CReadList *list,
     }
 
     entry = g_new0(CReadEntry, 1);
+    entry->c = c;
     entry->extent = extent;
     entry->buf = buf;
     entry->size = size;
@@ -154,9 +155,19 @@ CReadEntry *cread_add_locked(CompressedReadCache *c, CReadList *list,
     return entry;
 }
 
-void coroutine_fn cread_done_locked(CReadEntry *entry, bool ok)
+void coroutine_fn cread_ready_locked(CReadEntry *entry)
 {
-    entry->state = ok ? CREAD_READY : CREAD_FAILED;
+    entry->state = CREAD_READY;
+    qemu_co_queue_restart_all(&entry->waiters);
+}
+
+void coroutine_fn cread_fail_locked(CompressedReadCache *c, CReadList *list,
+                                    CReadEntry *entry)
+{
+    entry->state = CREAD_FAILED;
+    if (entry->listed) {
+        cread_unlist_locked(c, list, entry);
+    }
     qemu_co_queue_restart_all(&entry->waiters);
 }
 

@@ -12,13 +12,13 @@
  * piece has the clusters whose data lies close to each other, as far as one
  * request may reach.
  *
- * There are no background coroutines.  A reader that finds nothing reads a
- * piece instead of one cluster, and others wait for it.  A reader that comes
- * near the end of what was read ahead does its own work, and then reads the
- * next piece before it returns.  Whoever reads a piece has the graph lock for
- * as long as this takes, and no lock of the format driver, so nobody who waits
- * for it can stop it.  A reader waits only for what was begun before its own
- * cread_begin(), so readers do not wait for each other in a circle.
+ * A reader that finds nothing reads a piece instead of one cluster, and others
+ * wait for it.  A reader that comes near the end of what was read ahead has a
+ * background coroutine read the next piece.  This one takes the graph lock only
+ * if it need not wait for it, and nobody who reads a piece has a lock of the
+ * format driver: so those who wait for a piece cannot stop it.  A reader waits
+ * only for what was begun before its own cread_begin(), so readers do not wait
+ * for each other in a circle.
  *
  * An error of a piece is nobody's error: each of its readers then reads exactly
  * its own cluster.
@@ -87,35 +87,42 @@ cread_co_read_piece(CompressedReadCache *c, CReadEntry *piece, bool ahead)
     c->stats.piece_bytes += piece->extent.bytes;
     if (ret < 0) {
         cread_note_failure_locked(c);
-        if (piece->listed) {
-            cread_unlist_locked(c, &c->pieces, piece);
-        }
+        cread_fail_locked(c, &c->pieces, piece);
+    } else {
+        cread_ready_locked(piece);
     }
-    cread_done_locked(piece, ret >= 0);
 }
 
-/* Read the next piece, if nobody else has begun to meanwhile */
-static void coroutine_fn GRAPH_RDLOCK
-cread_co_read_ahead(CompressedReadCache *c, const CompressedExtent *first,
-                    CompressedExtent range)
+/* Whether @piece is of use, and will be read from where it was looked up */
+static bool GRAPH_RDLOCK cread_is_current(CompressedReadCache *c,
+                                          const CReadEntry *piece)
 {
-    CReadEntry *piece = NULL;
+    QEMU_LOCK_GUARD(&c->lock);
 
-    WITH_QEMU_LOCK_GUARD(&c->lock) {
-        if (c->bs->file && c->bs->file->bs == c->child_bs &&
-            !cread_find_piece_locked(c, first)) {
-            piece = cread_add_piece_locked(c, range);
+    return piece->listed && c->bs->file && c->bs->file->bs == c->child_bs;
+}
+
+/* Read a piece in the background; there may have been a graph change since */
+static void coroutine_fn cread_co_read_ahead(void *opaque)
+{
+    CReadEntry *piece = opaque;
+    CompressedReadCache *c = piece->c;
+    BlockDriverState *bs = c->bs;
+
+    if (bdrv_graph_co_try_rdlock()) {
+        if (cread_is_current(c, piece)) {
+            cread_co_read_piece(c, piece, true);
         }
+        bdrv_graph_co_rdunlock();
     }
-    if (!piece) {
-        return;
-    }
-
-    cread_co_read_piece(c, piece, true);
 
     WITH_QEMU_LOCK_GUARD(&c->lock) {
+        if (piece->state == CREAD_BUSY) {
+            cread_fail_locked(c, &c->pieces, piece);
+        }
         cread_unuse_locked(c, piece);
     }
+    bdrv_dec_in_flight(bs);
 }
 
 /* ---- Reads ---- */
@@ -226,10 +233,11 @@ static int coroutine_fn GRAPH_RDLOCK cread_co_make_cluster(CompressedRead *read)
 
     QEMU_LOCK_GUARD(&c->lock);
 
-    if (ret < 0 && read->cluster->listed) {
-        cread_unlist_locked(c, &c->clusters, read->cluster);
+    if (ret < 0) {
+        cread_fail_locked(c, &c->clusters, read->cluster);
+    } else {
+        cread_ready_locked(read->cluster);
     }
-    cread_done_locked(read->cluster, ret >= 0);
     return ret;
 }
 
@@ -241,6 +249,11 @@ int coroutine_fn cread_co_read(CompressedRead *read, QEMUIOVector *qiov,
     int ret = 0;
 
     /* First of all, whatever happens to this read: others wait for it */
+    if (read->ahead) {
+        bdrv_inc_in_flight(c->bs);
+        aio_co_enter(qemu_get_current_aio_context(),
+                     qemu_coroutine_create(cread_co_read_ahead, read->ahead));
+    }
     if (read->read_piece) {
         cread_co_read_piece(c, read->piece, false);
     }
@@ -272,9 +285,6 @@ int coroutine_fn cread_co_read(CompressedRead *read, QEMUIOVector *qiov,
         if (read->cluster) {
             cread_unuse_locked(c, read->cluster);
         }
-    }
-    if (read->ahead.bytes && ret >= 0) {
-        cread_co_read_ahead(c, &read->first, read->ahead);
     }
     g_free(read);
     return ret;

@@ -10,17 +10,12 @@
  * by compressed writes: whatever else is written goes to clusters that have no
  * such entry.  So it is enough to tell the cache of compressed writes.  Their
  * L2 entries can be seen before their data is in the file.  A read at the same
- * time may get what was there before, and leave it in the cache.  So it is
- * forgotten when the write ends, before its user gets to know, also if it has
- * failed.
+ * time may get what was there before, or find it in the cache, or leave it
+ * there.  So it is forgotten when the write ends, before its user gets to know,
+ * also if it has failed.
  *
  * A cluster that is freed needs no attention: nothing points to it any more,
  * and before something does so again, it is written.
- *
- * The cache for compressed writes has the data of a new L2 entry from the
- * beginning, but not for long.  So what is known of its place is forgotten when
- * it is allocated as well.  A read at the same time can leave it in the cache
- * again, but not beyond the end of the write.
  *
  * What changes without us, because the nodes below are others, or another
  * process had the image, changes in a drained section, or no later than the
@@ -34,8 +29,8 @@
 #include "qcow2-compressed-read.h"
 #include "qcow2-write-behind.h"
 
-/* How many clusters are looked at in a slice of an L2 table */
-#define MAX_LOOKED_AT 1024
+/* How many entries of L2 tables are looked at */
+#define MAX_LOOKED_AT 1024LL
 
 /*
  * Where the compressed data of a cluster is.
@@ -87,23 +82,22 @@ qcow2_following(BlockDriverState *bs, int64_t start, int64_t end,
 {
     BDRVQcow2State *s = bs->opaque;
     uint64_t *slice = NULL;
-    int i, stop, n = 0;
+    int n = 0;
 
     end = MIN(end, bs->total_sectors << BDRV_SECTOR_BITS);
-    if (start < end) {
-        slice = qcow2_get_cached_slice(bs, start);
-    }
-    if (!slice) {
-        return 0;
-    }
+    end = MIN(end, start + (MAX_LOOKED_AT << s->cluster_bits));
+    for (; start < end && n < max; start += s->cluster_size) {
+        int i = offset_to_l2_slice_index(s, start);
+        uint64_t l2_entry;
 
-    i = offset_to_l2_slice_index(s, start);
-    stop = MIN(i + MIN(size_to_clusters(s, end - start), MAX_LOOKED_AT),
-               s->l2_slice_size);
-    for (; i < stop && n < max; i++) {
+        if (!slice || !i) {
+            slice = qcow2_get_cached_slice(bs, start);
+        }
+        if (!slice) {
+            break;
+        }
         /* Once: a timer can drop the table meanwhile */
-        uint64_t l2_entry = get_l2_entry(s, slice, i);
-
+        l2_entry = get_l2_entry(s, slice, i);
         if (qcow2_is_compressed(bs, l2_entry) &&
             qcow2_get_extent(bs, l2_entry, &extents[n])) {
             n++;

@@ -26,6 +26,7 @@ typedef enum CReadState {
 /* A piece or a decompressed cluster */
 typedef struct CReadEntry {
     /* Constant */
+    CompressedReadCache *c;
     CompressedExtent extent; /* what it has, or what it was made from */
     void *buf;
     int64_t size;
@@ -35,6 +36,7 @@ typedef struct CReadEntry {
     CoQueue waiters; /* woken when it is not busy any more */
     unsigned nb_users;
     bool listed;
+    bool ahead; /* a piece that nobody has had to wait for */
     uint64_t used; /* CompressedReadCache.nb_reads then */
     QTAILQ_ENTRY(CReadEntry) next;
 } CReadEntry;
@@ -51,6 +53,7 @@ typedef struct CReadStream {
     int64_t end; /* of the request that it was in last */
     unsigned nb_exact; /* how many requests began exactly at @next */
     int64_t window; /* size of its next piece */
+    int64_t depth; /* how much is to be read ahead of it */
     int64_t look_at; /* up to here, enough has been read ahead */
     uint64_t used; /* as in CReadEntry */
 } CReadStream;
@@ -92,9 +95,7 @@ struct CompressedRead {
     CReadEntry *cluster; /* has the data, may be NULL */
     bool make_cluster;   /* and is to be made by this reader */
 
-    /* To be read afterwards, if @first is not in any piece then */
-    CompressedExtent first;
-    CompressedExtent ahead; /* @bytes is 0 for nothing */
+    CReadEntry *ahead;   /* a piece to be read in the background, or NULL */
 };
 
 static inline int64_t extent_end(const CompressedExtent *extent)
@@ -131,11 +132,15 @@ CReadEntry *cread_add_locked(CompressedReadCache *c, CReadList *list,
                              CompressedExtent extent, int64_t size,
                              size_t align);
 
+/* @entry is not busy any more, but ready.  Called with c->lock held. */
+void coroutine_fn cread_ready_locked(CReadEntry *entry);
+
 /*
- * @entry is not busy any more: it is ready, or it has failed.  Called with
- * c->lock held.
+ * @entry, which the caller is a user of, is not busy any more; nobody finds it
+ * in @list.  Called with c->lock held.
  */
-void coroutine_fn cread_done_locked(CReadEntry *entry, bool ok);
+void coroutine_fn cread_fail_locked(CompressedReadCache *c, CReadList *list,
+                                    CReadEntry *entry);
 
 /*
  * Wait until @entry is not busy.  Called with c->lock held, which is released
@@ -175,9 +180,9 @@ cread_add_piece_locked(CompressedReadCache *c, CompressedExtent range);
 
 /*
  * Decide where the compressed data for @read comes from, and whether to read
- * ahead: set @piece, @read_piece, @first and @ahead.  @cluster_end is where its
- * cluster ends in the image, @end where the user's request ends.  Called with
- * c->lock held.
+ * ahead: set @piece, @read_piece and @ahead.  @cluster_end is where its cluster
+ * ends in the image, @end where the user's request ends.  Called with c->lock
+ * held.
  */
 void GRAPH_RDLOCK
 cread_choose_piece_locked(CompressedRead *read, CReadStream *stream,

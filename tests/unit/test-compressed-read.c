@@ -485,6 +485,74 @@ FIXTURE_TEST(readers_at_the_same_time_share)
     g_assert_cmpuint(t->disk->nb.reads, <=, 2);
 }
 
+/* Read the first 8 clusters; those that follow are held on their way */
+static void hold_what_is_read_ahead(Test *t)
+{
+    for (int i = 0; i < 8; i++) {
+        if (i == 2) {
+            disk_set_hold(t->disk, DISK_READ, HOLD_BEFORE);
+        }
+        test_read(t, i * CLUSTER, CLUSTER);
+    }
+    g_assert_cmpuint(t->disk->nb_held, >=, 1);
+}
+
+FIXTURE_TEST(only_who_needs_what_is_read_ahead_waits_for_it)
+{
+    TestOp op;
+
+    hold_what_is_read_ahead(t);
+    op_start_read(&op, t, 10 * CLUSTER, CLUSTER);
+    settle();
+    g_assert_cmpint(op.ret, ==, -EINPROGRESS);
+    disk_release(t->disk);
+    g_assert_cmpint(op_wait(&op), ==, 0);
+    op_check(&op);
+    op_free(&op);
+    /* Nobody has read his own cluster */
+    g_assert_cmpuint(STAT(t, misses), ==, 2);
+}
+
+FIXTURE_TEST(drain_waits_for_what_is_read_ahead)
+{
+    hold_what_is_read_ahead(t);
+    disk_release_later(t->disk);
+    bdrv_drained_begin(t->bs);
+    g_assert_cmpuint(t->disk->nb_in_flight, ==, 0);
+    bdrv_drained_end(t->bs);
+}
+
+FIXTURE_TEST(error_of_what_is_read_ahead_is_nobodys)
+{
+    TestOp op;
+
+    hold_what_is_read_ahead(t);
+    op_start_read(&op, t, 10 * CLUSTER, CLUSTER);
+    disk_set_percent_bad(t->disk, 100);
+    settle();
+    disk_set_hold(t->disk, DISK_READ, HOLD_AFTER);
+    disk_wake(t->disk);
+    settle();
+    disk_set_percent_bad(t->disk, 0);
+    disk_release(t->disk);
+    g_assert_cmpint(op_wait(&op), ==, 0);
+    op_check(&op);
+    op_free(&op);
+    g_assert_cmpuint(STAT(t, errors), >, 0);
+}
+
+FIXTURE_TEST(what_is_read_ahead_during_a_write_is_forgotten)
+{
+    hold_what_is_read_ahead(t);
+    disk_set_hold(t->disk, DISK_READ, HOLD_AFTER);
+    disk_wake(t->disk);
+    settle();
+    g_assert_cmpuint(t->disk->nb_held, >=, 1);
+    test_write(t, 10);
+    disk_release(t->disk);
+    test_read(t, 9 * CLUSTER, 2 * CLUSTER);
+}
+
 /* ---- Errors ---- */
 
 FIXTURE_TEST(error_of_a_piece_is_nobodys)
@@ -879,6 +947,8 @@ FIXTURE_CASES(threads, { .random_layout = true },
     g_assert_cmpuint(STAT(t, hits), >, 0);
     g_assert_cmpuint(STAT(t, max_cached_bytes), <=,
                      config->cache_size ?: 16 * MiB);
+    /* What is read ahead is read in the thread of the reader */
+    bdrv_drain_all();
     iothread_join(iothreads[0]);
     iothread_join(iothreads[1]);
 }
