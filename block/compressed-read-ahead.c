@@ -336,7 +336,7 @@ void cread_choose_piece_locked(CompressedRead *read, CReadStream *stream,
             return;
         }
     }
-    if (c->nb_reads < c->resume_at || qatomic_read(&c->bs->quiesce_counter)) {
+    if (c->nb_reads < c->resume_at) {
         return;
     }
 
