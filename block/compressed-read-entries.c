@@ -84,6 +84,18 @@ static CReadEntry *cread_oldest_locked(CReadList *list)
     return NULL;
 }
 
+void cread_drop_unused_locked(CompressedReadCache *c)
+{
+    CReadList *lists[] = { &c->pieces, &c->clusters };
+    CReadEntry *entry;
+
+    for (int i = 0; i < ARRAY_SIZE(lists); i++) {
+        while ((entry = cread_oldest_locked(lists[i])) != NULL) {
+            cread_unlist_locked(c, lists[i], entry);
+        }
+    }
+}
+
 /*
  * Make room for an entry of @size bytes in @list.  Called with c->lock held.
  *

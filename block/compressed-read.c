@@ -35,6 +35,34 @@
 #include "qemu/memalign.h"
 #include "trace.h"
 
+/* For how long nothing must be read before all memory is given back */
+#define CREAD_IDLE_MS 10000
+
+/* Called with c->lock held */
+static void cread_arm_timer_locked(CompressedReadCache *c)
+{
+    c->timer_armed = true;
+    c->timer_reads = c->nb_reads;
+    timer_mod(c->timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
+                        (c->opts.idle_ms ?: CREAD_IDLE_MS));
+}
+
+/* Runs in the main loop */
+static void cread_timer_cb(void *opaque)
+{
+    CompressedReadCache *c = opaque;
+
+    QEMU_LOCK_GUARD(&c->lock);
+
+    if (c->nb_reads == c->timer_reads) {
+        cread_drop_unused_locked(c);
+    }
+    c->timer_armed = false;
+    if (c->bytes) {
+        cread_arm_timer_locked(c);
+    }
+}
+
 CompressedReadCache *cread_new(BlockDriverState *bs,
                                const CompressedReadOptions *opts)
 {
@@ -45,6 +73,7 @@ CompressedReadCache *cread_new(BlockDriverState *bs,
     c->bs = bs;
     c->opts = *opts;
     qemu_mutex_init(&c->lock);
+    c->timer = timer_new_ms(QEMU_CLOCK_REALTIME, cread_timer_cb, c);
     QTAILQ_INIT(&c->pieces.entries);
     QTAILQ_INIT(&c->clusters.entries);
     for (int i = 0; i < CREAD_STREAMS; i++) {
@@ -59,6 +88,7 @@ void cread_free(CompressedReadCache *c)
         return;
     }
 
+    timer_free(c->timer);
     cread_forget(c, 0, INT64_MAX);
     assert(!c->bytes);
     qemu_mutex_destroy(&c->lock);
@@ -175,6 +205,9 @@ CompressedRead *cread_begin(CompressedReadCache *c, int64_t offset,
     if (!read->piece && !read->cluster) {
         g_free(read);
         return NULL;
+    }
+    if (!c->timer_armed) {
+        cread_arm_timer_locked(c);
     }
     return read;
 }

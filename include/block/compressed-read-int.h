@@ -13,6 +13,7 @@
 #include "block/block_int.h"
 #include "block/compressed-read.h"
 #include "qemu/queue.h"
+#include "qemu/timer.h"
 
 /* Streams that are known at a time */
 #define CREAD_STREAMS 16
@@ -74,6 +75,11 @@ struct CompressedReadCache {
     /* The node that everything was read from; only compared */
     BlockDriverState *child_bs;
 
+    /* Drops what is not in use if @nb_reads is still the same */
+    QEMUTimer *timer;
+    bool timer_armed;
+    uint64_t timer_reads;
+
     /* A piece could not be read: each reads its own until @nb_reads is this */
     uint64_t resume_at;
 
@@ -121,6 +127,9 @@ void cread_use_locked(CompressedReadCache *c, CReadList *list,
 
 /* The opposite; @entry may be gone then.  Called with c->lock held. */
 void cread_unuse_locked(CompressedReadCache *c, CReadEntry *entry);
+
+/* Drop all entries that have no users.  Called with c->lock held. */
+void cread_drop_unused_locked(CompressedReadCache *c);
 
 /*
  * Add an entry, which is busy and has one user, to @list.  Called with c->lock

@@ -46,6 +46,8 @@ typedef struct CompressedExtent {
  *              What a read needs beyond that, it takes as it would without a
  *              cache: the compressed and the decompressed data of its cluster.
  * @cluster_size: size of a decompressed cluster, in bytes.
+ * @idle_ms: after this time without a read, or twice this time, all memory is
+ *           given back, in milliseconds of the real-time clock; 0 for 10 s.
  * @following: gives the extents of the compressed clusters of the image that
  *             begin in the guest range from @start to @end, in guest order, at
  *             most @max of them; it can leave out any.  Called by
@@ -58,6 +60,7 @@ typedef struct CompressedExtent {
 typedef struct CompressedReadOptions {
     int64_t cache_size;
     int64_t cluster_size;
+    int64_t idle_ms;
     int GRAPH_RDLOCK_PTR (*following)(BlockDriverState *bs, int64_t start,
                                       int64_t end, CompressedExtent *extents,
                                       int max);
@@ -84,7 +87,8 @@ CompressedReadCache *cread_new(BlockDriverState *bs,
  * cread_free:
  * @c: the cache, or NULL, which does nothing.
  *
- * Free @c.  No read may be under way, as is the case after a drain.
+ * Free @c.  No read may be under way, as is the case after a drain.  Called in
+ * the main thread.
  */
 void cread_free(CompressedReadCache *c);
 

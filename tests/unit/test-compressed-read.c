@@ -117,6 +117,7 @@ static void node_new_cache(BlockDriverState *bs, int64_t cache_size)
     CompressedReadOptions opts = {
         .cache_size = cache_size,
         .cluster_size = CLUSTER,
+        .idle_ms = 20,
         .following = node_following,
         .read = node_read,
         .decompress = node_decompress,
@@ -551,6 +552,20 @@ FIXTURE_TEST(what_is_read_ahead_during_a_write_is_forgotten)
     test_write(t, 10);
     disk_release(t->disk);
     test_read(t, 9 * CLUSTER, 2 * CLUSTER);
+}
+
+FIXTURE_TEST(idle_cache_gives_its_memory_back)
+{
+    test_read(t, 0, 8 * CLUSTER);
+    test_read(t, 0, 512);
+    g_assert_cmpuint(STAT(t, cached_bytes), >, 0);
+    while (STAT(t, cached_bytes)) {
+        g_usleep(1000);
+        qemu_clock_run_all_timers();
+    }
+    disk_reset_counts(t->disk);
+    test_read(t, 0, 8 * CLUSTER);
+    g_assert_cmpuint(t->disk->nb.reads, >, 0);
 }
 
 /* ---- Errors ---- */
