@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The rows of scripts/bench about reads of compressed images"""
 
+import glob
 import os
+import re
+import shutil
+import subprocess
 
 from bench_convert import files_source
 from bench_filter import fio
 from bench_report import difference, ratio, value_of
 from bench_row import DIRECT, TIMES, Row, direct_file
 from lab import (
-    KIB, MIB, QEMU_IMG, Failed, SlowDisk, StorageDaemon, qemu_img, read_whole,
-    run_timed
+    BUILD, KIB, MIB, QEMU_IMG, Failed, SlowDisk, StorageDaemon, qemu_img,
+    read_whole, run_timed
 )
 
 DISK = 'a disk with 2 ms a request'
@@ -152,6 +156,109 @@ class Nbdcopy(ReadRow):
         return {m: took[m] for m in TIMES}
 
 
+# What the guest does: a part of what a boot does
+INIT = """#!/bin/sh
+/lib/systemd/systemd-udevd --daemon
+udevadm trigger
+udevadm settle
+cat /etc/* /usr/lib/udev/rules.d/* > /dev/null 2>&1
+for program in /lib/systemd/systemd-* /usr/sbin/[a-d]* /usr/bin/[a-d]*; do
+    timeout 60 $program --version < /dev/null > /dev/null 2>&1
+done
+echo guest started
+poweroff -f -f
+"""
+INIT_PACKAGES = ['systemd-sysv', 'udev', 'base-files', 'bash', 'dash',
+                 'perl-base', 'coreutils', 'util-linux', 'mount', 'kmod']
+
+
+def query_packages(command, *args):
+    return subprocess.run(['dpkg-query', command, *args], text=True, check=True,
+                          stdout=subprocess.PIPE).stdout
+
+
+def package_files(wanted):
+    """The files of Debian packages of this machine, and of all they need"""
+    needs = {}
+    for line in query_packages('-W', '-f', '${Package}:${Pre-Depends},'
+                               '${Depends}:${Provides}\n').splitlines():
+        line = re.sub(r'\([^)]*\)|:any', '', line)
+        name, depends, provides = line.split(':')
+        needs.setdefault(name, set()).update(re.findall(r'[^,|\s]+', depends))
+        for other in re.findall(r'[^,\s]+', provides):
+            needs.setdefault(other, set()).add(name)
+    found, new = set(), set(wanted)
+    while new:
+        found |= new
+        new = {n for name in new for n in needs[name] if n in needs} - found
+    names = query_packages('-W', '-f', '${Package}\n').split()
+    listed = query_packages('-L', *(n for n in names if n in found))
+    return {os.path.join(os.path.realpath(os.path.dirname(path)),
+                         os.path.basename(path))
+            for path in listed.splitlines() if path.startswith('/')
+            and not path.startswith('/usr/share/') and os.path.lexists(path)}
+
+
+def make_system_image(folder, path):
+    """An ext4 image that Linux boots from"""
+    root = os.path.join(folder, 'system')
+    os.mkdir(root)
+    files = package_files(INIT_PACKAGES) | {
+        '/bin', '/sbin', '/lib', '/lib64', '/dev', '/proc', '/sys', '/run',
+        '/tmp', '/etc/passwd', '/etc/group', '/etc/ld.so.cache'}
+    for file in sorted(files):
+        to = root + file
+        os.makedirs(os.path.dirname(to), exist_ok=True)
+        if os.path.islink(file) or os.path.isfile(file):
+            shutil.copy2(file, to, follow_symlinks=False)
+        else:
+            os.makedirs(to, exist_ok=True)
+    with open(os.path.join(root, 'boot.sh'), 'w', encoding='utf-8') as f:
+        f.write(INIT)
+    os.chmod(f.name, 0o755)
+    subprocess.run(['mke2fs', '-q', '-F', '-t', 'ext4', '-d', root, path,
+                    '512M'], stdin=subprocess.DEVNULL, check=True)
+    shutil.rmtree(root)
+
+
+class Boot(ReadRow):
+    """A guest whose disk has a compressed backing file on a slow disk"""
+    main = 'reads'
+
+    def prepare(self, bench):
+        self.source = os.path.join(bench.tmpfs, 'system.raw')
+        self.path = os.path.join(bench.tmpfs, 'system.qcow2')
+        if not os.path.exists(self.path):
+            make_system_image(bench.tmpfs, self.source)
+            qemu_img('convert', '-c', '-W', '-f', 'raw', '-O', 'qcow2', '-o',
+                     'compression_type=zstd', self.source, self.path)
+            os.truncate(self.path, -(-os.path.getsize(self.path) // MIB) * MIB)
+
+    def measure(self, bench, side):
+        def work(file):
+            backing = image_options(file, 0 if side == 'off' else None)
+            # Not KVM: it is of no use for some kernels in a virtual machine
+            took = run_timed([
+                os.path.join(BUILD, 'qemu-system-x86_64'), '-nodefaults',
+                '-display', 'none', '-accel', 'tcg', '-smp', '2', '-m', '512',
+                '-kernel', kernel, '-initrd',
+                kernel.replace('/vmlinuz-', '/initrd.img-'), '-append',
+                'root=/dev/vda rw console=ttyS0 quiet panic=-1 no_timer_check'
+                ' init=/boot.sh', '-serial', 'stdio', '-no-reboot',
+                '-blockdev', f'node-name=backing,{backing}', '-blockdev',
+                f'driver=qcow2,node-name=disk,file.driver=file,file.filename='
+                f'{overlay},backing=backing', '-device',
+                'virtio-blk-pci,drive=disk'])
+            if 'guest started' not in took['output']:
+                raise Failed(f'The guest did not boot\n{took["output"]}')
+            return {'seconds': took['seconds']}
+
+        kernel = max(glob.glob('/boot/vmlinuz-*'), key=os.path.getmtime)
+        overlay = os.path.join(bench.tmpfs, 'overlay.qcow2')
+        qemu_img('create', '-q', '-f', 'qcow2', overlay, '512M')
+        return self.on_disk(side, work)
+
+
 ROWS = [
     *(RestoreFromDisk(
         f'read-restore-{block}', f'convert of a compressed image of 512 MiB of'
@@ -185,4 +292,9 @@ ROWS = [
          ratio('nbdcopy', 'nbdcopy, off', 'cpu'),
          ratio('nbdcopy', 'convert', 'cpu')],
         ['nbdcopy, off', 'nbdcopy', 'convert'], 512, 64, repeats=5),
+    Boot(
+        'read-boot', f'Boot of a guest whose disk has a compressed backing file'
+        f' on {DISK}', [ratio('off', 'on', 'reads', at_least=3),
+                        ratio('off', 'on', 'read'), ratio('off', 'on')],
+        ['off', 'on'], 512, 512, repeats=1),
 ]
