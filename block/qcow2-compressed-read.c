@@ -11,8 +11,8 @@
  * such entry.  So it is enough to tell the cache of compressed writes.  Their
  * L2 entries can be seen before their data is in the file.  A read at the same
  * time may get what was there before, or find it in the cache, or leave it
- * there.  So it is forgotten when the write ends, before its user gets to know,
- * also if it has failed.
+ * there.  So it is forgotten when the write ends, before its user gets to know.
+ * If it fails, its L2 entry goes.
  *
  * A cluster that is freed needs no attention: nothing points to it any more,
  * and before something does so again, it is written.

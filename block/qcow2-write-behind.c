@@ -267,6 +267,9 @@ qcow2_co_write_incompressible_locked(BlockDriverState *bs, uint64_t offset,
     } else {
         ret = qcow2_handle_l2meta(bs, &m, true);
     }
+    if (ret == 0) {
+        qatomic_inc(&s->incompressible_requests);
+    }
     trace_qcow2_write_incompressible(bs, offset, host_offset, ret);
 
     /* After a failure this frees the cluster, so that it leaves the cache */
@@ -290,13 +293,9 @@ qcow2_co_write_incompressible(BlockDriverState *bs, uint64_t offset,
         return ret;
     }
 
-    WITH_QEMU_LOCK_GUARD(&s->lock) {
-        ret = qcow2_co_write_incompressible_locked(bs, offset, buf);
-    }
-    if (ret == 0) {
-        qatomic_inc(&s->incompressible_requests);
-    }
-    return ret;
+    QEMU_LOCK_GUARD(&s->lock);
+
+    return qcow2_co_write_incompressible_locked(bs, offset, buf);
 }
 
 bool coroutine_fn
@@ -305,30 +304,36 @@ qcow2_co_read_normal(BlockDriverState *bs, uint64_t host_offset,
 {
     BDRVQcow2State *s = bs->opaque;
     int64_t piece = *bytes;
-    bool cached;
+    bool cached = wb_read_piece(s->write_behind, host_offset, &piece, qiov,
+                                qiov_offset);
 
-    /* Pieces of encrypted clusters must be whole sectors */
-    if (!s->write_behind || bs->encrypted) {
-        return false;
-    }
-    cached = wb_read_piece(s->write_behind, host_offset, &piece, qiov,
-                           qiov_offset);
     *bytes = piece;
     return cached;
 }
 
 int coroutine_fn
-qcow2_co_write_out(BlockDriverState *bs, uint64_t host_offset, uint64_t bytes)
+qcow2_co_write_out(BlockDriverState *bs, uint64_t host_offset, uint64_t bytes,
+                   bool may_unlock)
 {
     BDRVQcow2State *s = bs->opaque;
     uint64_t start = start_of_cluster(s, host_offset);
+    int ret;
 
-    if (!s->write_behind) {
+    if (!s->incompressible_requests || wb_is_empty(s->write_behind)) {
         return 0;
     }
-    return wb_co_write_out(s->write_behind, start,
-                           ROUND_UP(host_offset + bytes, s->cluster_size) -
-                           start);
+    bytes = ROUND_UP(host_offset + bytes, s->cluster_size) - start;
+    if (wb_gap(s->write_behind, start, bytes) == bytes) {
+        return 0;
+    }
+    if (!may_unlock) {
+        return wb_co_write_out(s->write_behind, start, bytes);
+    }
+
+    qemu_co_mutex_unlock(&s->lock);
+    ret = wb_co_write_out(s->write_behind, start, bytes);
+    qemu_co_mutex_lock(&s->lock);
+    return ret < 0 ? ret : 1;
 }
 
 bool qcow2_has_dirty_cache(BlockDriverState *bs)

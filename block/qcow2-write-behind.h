@@ -113,7 +113,8 @@ qcow2_co_write_incompressible(BlockDriverState *bs, uint64_t offset,
 
 /**
  * qcow2_co_read_normal:
- * @bs: the node; s->lock is held since @host_offset was looked up.
+ * @bs: the node; s->lock is held since @host_offset was looked up, and the
+ *      cache has taken normal clusters.
  * @host_offset: where to read in the file; in normal clusters.
  * @bytes: how much to read; set to the size of the first piece.
  * @qiov: filled with the piece if it is cached.
@@ -134,14 +135,19 @@ qcow2_co_read_normal(BlockDriverState *bs, uint64_t host_offset,
  * @bs: the node; s->lock is held since @host_offset was looked up.
  * @host_offset: start of a range in the file, in normal clusters.
  * @bytes: its size.
+ * @may_unlock: whether s->lock may be released meanwhile, so that others need
+ *              not wait.
  *
  * Write out what is cached of the clusters that the range touches, because the
  * caller accesses them in the file; also after it has released s->lock.
  *
- * Returns: 0 on success, also if the node has no cache; -errno on failure.
+ * Returns: 0 on success, also if the node has no cache; 1 if s->lock was
+ * released, so that the caller must look up @host_offset again; -errno on
+ * failure.
  */
 int coroutine_fn GRAPH_RDLOCK
-qcow2_co_write_out(BlockDriverState *bs, uint64_t host_offset, uint64_t bytes);
+qcow2_co_write_out(BlockDriverState *bs, uint64_t host_offset, uint64_t bytes,
+                   bool may_unlock);
 
 /**
  * qcow2_has_dirty_cache:

@@ -28,6 +28,7 @@
 #include "qemu/osdep.h"
 #include "qemu/cutils.h"
 #include "qemu/main-loop.h"
+#include "qemu/option.h"
 #include "qapi/error.h"
 #include "qemu/units.h"
 #include "qobject/qdict.h"
@@ -757,6 +758,42 @@ static const Stack stacks[] = {
       .no_flags = true, .script = cacheextents_script },
 };
 
+/* ---- Amend, with nothing that fails ---- */
+
+static void on_amend(BlockDriverState *bs, int64_t offset, int64_t total,
+                     void *opaque)
+{
+}
+
+/*
+ * An image of version 2 has zeroes where this one has a bit.  They come after
+ * what is cached: of these clusters, the first one compresses, two do not.
+ */
+static void test_amend(void)
+{
+    const Stack *stack = stacks;
+    QemuOpts *opts;
+    Run *r;
+
+    while (!stack->incompressible) {
+        stack++;
+    }
+    r = run_new(stack, (DiskFault) { 0 });
+    run_step(r, &(Step) { OP_COMPRESSED, 0, 4 * K, 3 });
+    run_step(r, &(Step) { OP_ZERO, 4 * K, 8 * K });
+    g_assert_cmpuint(r->failed->len, ==, 0);
+
+    opts = qemu_opts_create(r->bs->drv->create_opts, NULL, 0, &error_abort);
+    qemu_opt_set(opts, "compat", "0.10", &error_abort);
+    bdrv_amend_options(r->bs, opts, on_amend, NULL, false, &error_abort);
+    qemu_opts_del(opts);
+
+    run_repair(r);
+    run_close(r);
+    check_image(stack, r->disk->data, r);
+    run_free(r);
+}
+
 static void on_alarm(int sig)
 {
     static const char message[] = " hangs\n";
@@ -787,5 +824,6 @@ int main(int argc, char **argv)
 
         g_test_add_data_func(path, &stacks[i], test_stack);
     }
+    g_test_add_func("/seqcache-faults/amend", test_amend);
     return g_test_run();
 }
