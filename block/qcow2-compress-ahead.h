@@ -18,7 +18,10 @@
 #include "block/block-common.h"
 #include "block/graph-lock.h"
 
-/* Two for each of the compressed writes that qemu-img convert begins at most */
+/* Clusters of a request are compressed in one thread up to this many bytes */
+#define QCOW2_PIECE_BYTES (256 * KiB)
+
+/* Two for each of the pieces that qemu-img convert begins at most */
 #define QCOW2_SPARE_COMPRESS_BUFS 32
 
 /* What a node needs for this; part of BDRVQcow2State, all zero at first */
@@ -36,61 +39,42 @@ typedef struct Qcow2CompressAhead {
     /* Whether one of them flushes; and those that wait for its end */
     bool fua_flushing;
     QLIST_HEAD(, Qcow2TurnWaiter) fua_waiters;
-    /* Buffers: how many are in use, and those that are not; atomic */
-    unsigned nb_bufs;
+    /* Buffers for pieces that are not in use; atomic */
     void *spare_bufs[QCOW2_SPARE_COMPRESS_BUFS];
 } Qcow2CompressAhead;
 
 /**
- * qcow2_get_compress_buf:
+ * qcow2_compressed_piece:
  * @bs: the node.
  *
- * Get memory for one cluster, aligned for the node's requests.  While other
- * compressed writes are under way, memory that they have put back is used
- * again.  Needs no lock.
- *
- * This makes no difference with clusters of 64 KiB.  With 2 MiB (zstd, in
- * order) the heap would give them back to the kernel again and again, and keep
- * some for each thread: a conversion has 0.7 times the page faults, takes 0.9
- * times the processor time, and uses 79 MB instead of 137 MB at most.
- *
- * Returns: the memory, to be put back with qcow2_put_compress_buf().
+ * Returns: how many bytes of a compressed write one call for the node writes at
+ * most: one cluster, or some if the node has a cache for compressed clusters.
  */
-void *qcow2_get_compress_buf(BlockDriverState *bs);
-
-/**
- * qcow2_put_compress_buf:
- * @bs: the node.
- * @buf: what qcow2_get_compress_buf() returned.
- *
- * Put memory back.  When all of it was put back, all of it is freed.  Needs no
- * lock.
- */
-void qcow2_put_compress_buf(BlockDriverState *bs, void *buf);
+uint64_t qcow2_compressed_piece(BlockDriverState *bs);
 
 /**
  * qcow2_co_compress_ahead:
  * @bs: the node; s->lock is not held, and the node has a cache for compressed
  *      clusters.
- * @offset: guest offset of the cluster.
- * @src: the data of one cluster.
- * @dest: a buffer for one cluster, for the compressed data.
+ * @offset: guest offset of the first cluster.
+ * @bytes: how much to write, at most qcow2_compressed_piece(); whole clusters,
+ *         or up to the end of the image.
+ * @qiov: the data; it may change meanwhile.
+ * @qiov_offset: where in @qiov it begins.
  * @allocs: array of Qcow2CompressedAlloc; what is allocated is appended.
  *
- * Compress a cluster, and write it to the cache when those that were begun
- * before are written.  If it does not compress, qcow2_co_write_incompressible()
- * is called for it.  On failure, the caller undoes everything in @allocs;
+ * Compress clusters in a thread, and write them to the cache when those that
+ * were begun before are written.  Those that do not compress are written as
+ * normal clusters.  On failure, the caller undoes everything in @allocs;
  * clusters that do not compress are not among them, because they can be written
  * again as they are.
  *
- * Returns: 0 on success; 1 if the data cannot be compressed and the cache does
- * not take it as it is, so that the caller must write it as a normal cluster,
- * which begins in the same order if the caller does not yield before;
- * -ECANCELED if the image was abandoned; another -errno on failure.
+ * Returns: 0 on success; -ECANCELED if the image was abandoned; another -errno
+ * on failure.
  */
 int coroutine_fn GRAPH_RDLOCK
-qcow2_co_compress_ahead(BlockDriverState *bs, uint64_t offset, const void *src,
-                        void *dest, GArray *allocs);
+qcow2_co_compress_ahead(BlockDriverState *bs, uint64_t offset, uint64_t bytes,
+                        QEMUIOVector *qiov, size_t qiov_offset, GArray *allocs);
 
 /**
  * qcow2_co_flush_compressed:

@@ -249,8 +249,8 @@ static void test_large_window(Test *t, gconstpointer type)
     fill(t->data, cluster, 0);
     ZSTD_CCtx_setParameter(cctx, ZSTD_c_windowLog, 24);
     /* So that the frame does not have its size */
-    g_assert_cmpuint(ZSTD_compressStream2(cctx, &out, &in, ZSTD_e_flush), ==, 0);
-    g_assert_cmpuint(ZSTD_compressStream2(cctx, &out, &in, ZSTD_e_end), ==, 0);
+    g_assert(!ZSTD_compressStream2(cctx, &out, &in, ZSTD_e_flush));
+    g_assert(!ZSTD_compressStream2(cctx, &out, &in, ZSTD_e_end));
     ZSTD_freeCCtx(cctx);
 
     decompress.src_size = out.pos;
