@@ -293,7 +293,7 @@ ROWS = [
          ratio('nbdcopy', 'convert', 'cpu')],
         ['nbdcopy, off', 'nbdcopy', 'convert'], 512, 64, repeats=5),
     Boot(
-        'read-boot', f'Boot of a guest whose disk has a compressed backing file'
+        'boot-backing', f'Boot of a guest whose disk has a compressed backing file'
         f' on {DISK}', [ratio('off', 'on', 'reads', at_least=3),
                         ratio('off', 'on', 'read'), ratio('off', 'on')],
         ['off', 'on'], 512, 512, repeats=1),
