@@ -30,6 +30,7 @@ METRICS = {
     'per_gib': ('time per GiB', 's', 1),
     'cpu_per_gib': ('CPU per GiB', 's', 1),
     'outside': ('CPU outside of compression', '%', 0.01),
+    'idle': ('idle processors', '%', 0.01),
     'ns': ('time', 'ns', 1),
     **{f'{kind}_{name}': (f'{kind}s {text}', 'ms', 1e-3)
        for kind in ('read', 'write')
