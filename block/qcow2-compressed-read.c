@@ -8,11 +8,13 @@
  *
  * The bytes that a valid L2 entry of a compressed cluster points to change only
  * by compressed writes: whatever else is written goes to clusters that have no
- * such entry.  So it is enough to tell the cache of compressed writes.  Their
- * L2 entries can be seen before their data is in the file.  A read at the same
- * time may get what was there before, or find it in the cache, or leave it
- * there.  So it is forgotten when the write ends, before its user gets to know.
- * If it fails, its L2 entry goes.
+ * such entry.  So it is enough to tell the cache of compressed writes.  It
+ * forgets what was there when space is allocated: data for the cache for
+ * compressed writes can be read from there from then on.  Other data is in the
+ * file only when the write of its cluster ends, but its L2 entry can be seen
+ * before.  A read at the same time may get what was there before, and leave it
+ * in the cache.  So it is forgotten again then, also if the write has failed,
+ * before those go on who wait for it: they may copy what they read.
  *
  * A cluster that is freed needs no attention: nothing points to it any more,
  * and before something does so again, it is written.
@@ -194,19 +196,14 @@ void qcow2_drain_end_compressed_read(BlockDriverState *bs)
     qcow2_drain_end(bs);
 }
 
-void qcow2_forget_compressed(BlockDriverState *bs, GArray *allocs)
+void qcow2_forget_compressed(BlockDriverState *bs,
+                             const Qcow2CompressedAlloc *alloc)
 {
     BDRVQcow2State *s = bs->opaque;
+    uint64_t coffset;
+    int csize;
 
-    if (!s->compressed_reads) {
-        return;
-    }
-    for (guint i = 0; i < allocs->len; i++) {
-        Qcow2CompressedAlloc *alloc = &g_array_index(allocs,
-                                                     Qcow2CompressedAlloc, i);
-        uint64_t coffset;
-        int csize;
-
+    if (s->compressed_reads && alloc->new_entry) {
         qcow2_parse_compressed_l2_entry(bs, alloc->new_entry, &coffset, &csize);
         cread_forget(s->compressed_reads, coffset, csize);
     }

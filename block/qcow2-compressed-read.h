@@ -48,14 +48,15 @@ void qcow2_drain_end_compressed_read(BlockDriverState *bs);
 
 /**
  * qcow2_forget_compressed:
- * @bs: the node.
- * @allocs: array of Qcow2CompressedAlloc of a compressed write that has ended,
- *          or failed and is not undone yet.
+ * @bs: the node; s->lock is held.
+ * @alloc: of a compressed write that has just allocated its space, or whose
+ *         data is in the file, or that has failed.
  *
- * Forget what the cache has of their data.
+ * Forget what the cache has of its space.
  */
 void GRAPH_RDLOCK
-qcow2_forget_compressed(BlockDriverState *bs, GArray *allocs);
+qcow2_forget_compressed(BlockDriverState *bs,
+                        const Qcow2CompressedAlloc *alloc);
 
 /**
  * qcow2_free_compressed_read:

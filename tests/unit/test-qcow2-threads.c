@@ -272,6 +272,7 @@ static void test_at_a_time(Test *t, gconstpointer type)
         Call calls[32];
 
         nb_processors = expected[i][0];
+        t->s.max_threads = 0;
         for (int k = 0; k < ARRAY_SIZE(calls); k++) {
             calls[k] = (Call) { t, true, t->packed + k * cluster, cluster - 1,
                                 t->data, cluster };
