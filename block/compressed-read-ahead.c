@@ -142,7 +142,7 @@ void cread_note_failure_locked(CompressedReadCache *c)
 
 /* What follows, as far as it is looked up */
 typedef struct CReadAhead {
-    /* What is not in a piece, in guest order and in the order of the file */
+    /* What is not in a piece, in guest order; that sorted by @offset */
     CompressedExtent extents[CREAD_MAX_FOLLOWING];
     CompressedExtent sorted[CREAD_MAX_FOLLOWING];
     int nb_extents;
@@ -183,6 +183,10 @@ cread_look_ahead_locked(CompressedReadCache *c, int64_t start, int64_t end,
             ahead->bytes_covered += extent->bytes;
         }
     }
+}
+
+static void cread_sort(CReadAhead *ahead)
+{
     memcpy(ahead->sorted, ahead->extents,
            ahead->nb_extents * sizeof(ahead->sorted[0]));
     qsort(ahead->sorted, ahead->nb_extents, sizeof(ahead->sorted[0]),
@@ -191,9 +195,9 @@ cread_look_ahead_locked(CompressedReadCache *c, int64_t start, int64_t end,
 
 /*
  * The range around @first of at most @window bytes that has as many of the
- * clusters in @ahead as possible.  What is between them is never as much as a
- * cluster, so no other cluster is read.  What lies before @first comes first:
- * else it would be left alone.
+ * clusters in @ahead, which is sorted, as possible.  What is between them is
+ * never as much as a cluster, so no other cluster is read.  What lies before
+ * @first comes first: else it would be left alone.
  *
  * Returns: the range; of 0 bytes if it would have no other cluster than @first.
  */
@@ -352,6 +356,7 @@ void cread_choose_piece_locked(CompressedRead *read, CReadStream *stream,
         return;
     }
 
+    cread_sort(ahead);
     if (read->piece) {
         read->ahead = cread_add_ahead_locked(c, stream, ahead, cluster_end,
                                              window);

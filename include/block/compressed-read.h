@@ -134,8 +134,11 @@ cread_co_read(CompressedRead *read, QEMUIOVector *qiov, size_t qiov_offset);
  * @bytes: size of the range.
  *
  * No read that begins later uses anything that is known of this range now, nor
- * what requests that are in flight now find there.  To be called when a write
- * of compressed data is done, before its user gets to know, also if it failed.
+ * what requests that are in flight now find there.  To be called
+ * - when a write of compressed data was accepted, before other reads can look
+ *   up the cluster, if reads find the data from then on; or
+ * - when the write is done, also if it failed, before those go on who wait for
+ *   it.
  */
 void cread_forget(CompressedReadCache *c, int64_t offset, int64_t bytes);
 

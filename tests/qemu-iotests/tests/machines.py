@@ -206,6 +206,16 @@ class Server:
         return Export(self, node, writable, **kwargs)
 
 
+def remove_export(machine: Machine, name: str) -> None:
+    '''End an export, and wait until it has gone'''
+    machine.cmd('block-export-del', {'id': name, 'mode': 'hard'})
+    if isinstance(machine, QEMUMachine):
+        event = machine.event_wait('BLOCK_EXPORT_DELETED', timeout=60.0)
+    else:
+        event = machine.get_qmp().pull_event(wait=60.0)
+    assert event is not None and event['data']['id'] == name
+
+
 class Export:
     '''
     A parent of a node, and a client.  What the client writes stays in the
@@ -252,13 +262,7 @@ class Export:
         '''
         errors = self.specific_stats().get('errors', 0)
         self.io.kill()
-        self.machine.cmd('block-export-del', {'id': self.name, 'mode': 'hard'})
-        if isinstance(self.machine, QEMUMachine):
-            event = self.machine.event_wait('BLOCK_EXPORT_DELETED',
-                                            timeout=60.0)
-        else:
-            event = self.machine.get_qmp().pull_event(wait=60.0)
-        assert event is not None and event['data']['id'] == self.name
+        remove_export(self.machine, self.name)
 
         wait = wait and not self.has_writer()
         while wait:
