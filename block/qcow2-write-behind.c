@@ -333,14 +333,10 @@ qcow2_co_write_out(BlockDriverState *bs, uint64_t host_offset, uint64_t bytes,
     if (wb_gap(s->write_behind, start, bytes) == bytes) {
         return 0;
     }
-    if (!may_unlock) {
-        return wb_co_write_out(s->write_behind, start, bytes);
-    }
 
-    qemu_co_mutex_unlock(&s->lock);
-    ret = wb_co_write_out(s->write_behind, start, bytes);
-    qemu_co_mutex_lock(&s->lock);
-    return ret < 0 ? ret : 1;
+    ret = wb_co_write_out(s->write_behind, start, bytes,
+                          may_unlock ? &s->lock : NULL);
+    return ret < 0 || !may_unlock ? ret : 1;
 }
 
 bool qcow2_has_dirty_cache(BlockDriverState *bs)

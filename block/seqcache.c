@@ -379,7 +379,7 @@ int coroutine_fn seqcache_co_begin_direct(BlockDriverState *bs, int64_t offset,
     BDRVSeqCacheState *s = bs->opaque;
 
     return s->write_behind ?
-           wb_co_write_out(s->write_behind, offset, bytes) : 0;
+           wb_co_write_out(s->write_behind, offset, bytes, NULL) : 0;
 }
 
 /*

@@ -623,26 +623,36 @@ int coroutine_fn wb_co_flush(BlockDriverState *bs, WriteBehind *wb)
                                     &wb->nb_flushing, 0, 0, false);
 }
 
-int coroutine_fn wb_co_write_out(WriteBehind *wb,
-                                 int64_t offset, int64_t bytes)
+int coroutine_fn wb_co_write_out(WriteBehind *wb, int64_t offset, int64_t bytes,
+                                 CoMutex *lock)
 {
+    int ret;
+
     if (wb_is_empty(wb)) {
         return 0;
     }
 
-    QEMU_LOCK_GUARD(&wb->lock);
+    WITH_QEMU_LOCK_GUARD(&wb->lock) {
+        if (seqcache_gap(wb->cache, offset, bytes) == bytes) {
+            return 0;
+        }
+        seqcache_finish(wb->cache, offset, bytes);
+        if (lock) {
+            /* Its next holder finds the streams ended */
+            qemu_co_mutex_unlock(lock);
+        }
 
-    if (seqcache_gap(wb->cache, offset, bytes) == bytes) {
-        return 0;
+        /* Looking at a large range again and again would not pay */
+        if (bytes > 16 * wb->cluster_size) {
+            bytes = 0;
+        }
+        ret = wb_co_write_point_locked(wb, seqcache_flush_point(wb->cache),
+                                       &wb->nb_flushing, offset, bytes, false);
     }
-    seqcache_finish(wb->cache, offset, bytes);
-
-    /* Looking at a large range again and again would not pay */
-    if (bytes > 16 * wb->cluster_size) {
-        bytes = 0;
+    if (lock) {
+        qemu_co_mutex_lock(lock);
     }
-    return wb_co_write_point_locked(wb, seqcache_flush_point(wb->cache),
-                                    &wb->nb_flushing, offset, bytes, false);
+    return ret;
 }
 
 void coroutine_fn wb_drop_written(WriteBehind *wb,

@@ -344,6 +344,9 @@ void wb_start_write_out(WriteBehind *wb);
  * @wb: the WriteBehind.
  * @offset: start of a range.
  * @bytes: size of the range.
+ * @lock: NULL; or a lock that the caller holds, so that nobody relies on
+ *        wb_continues() when the streams are ended.  It is released while this
+ *        waits.
  *
  * Make room for a request to the child: end the streams in the clusters that
  * the range touches, and write them (and what was cached before them) to the
@@ -354,8 +357,7 @@ void wb_start_write_out(WriteBehind *wb);
  * first failure.  The data stays cached.
  */
 int coroutine_fn GRAPH_RDLOCK
-wb_co_write_out(WriteBehind *wb, int64_t offset,
-                int64_t bytes);
+wb_co_write_out(WriteBehind *wb, int64_t offset, int64_t bytes, CoMutex *lock);
 
 /**
  * wb_drop_written:

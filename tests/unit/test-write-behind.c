@@ -50,6 +50,28 @@ FIXTURE_TEST(write_out, LARGE(4 * MiB), .no_pad = true)
     assert_all_on_disk(t);
 }
 
+/* Others take the caller's lock, and nobody believes in an ended stream */
+FIXTURE_TEST(write_out_unlocked, LARGE(4 * MiB), .no_pad = true)
+{
+    write_ok(t, 0, 1000);
+    write_ok(t, 64 * KiB, 1000);
+    disk_hold(t->disk);
+    start(t, op_write_out_unlocked, .offset = 64 * KiB, .bytes = 1);
+    assert_waits(t->op);
+    run_fails(t, 0, op_continues, .offset = 64 * KiB + 1000);
+    run_fails(t, 1, op_continues, .offset = 1000);
+    let_go(t, 0);
+    assert_gap(t, 64 * KiB, 64 * KiB, 64 * KiB);
+
+    /* Where nothing is cached, it stays locked */
+    run_ok(t, op_write_out_unlocked, .offset = MiB, .bytes = 1);
+    write_ok(t, 1000, 500);
+    disk_set_error(t->disk, EIO);
+    run_fails(t, -EIO, op_write_out_unlocked, .offset = 0, .bytes = 1);
+    disk_set_error(t->disk, 0);
+    run_fails(t, 0, op_continues, .offset = 1500);
+}
+
 FIXTURE_TEST(write_out_error, LARGE(4 * MiB), .no_pad = true)
 {
     write_ok(t, 0, 1000);

@@ -314,7 +314,29 @@ static int coroutine_fn op_unreserve(TestOp *op)
 int coroutine_fn op_write_out(TestOp *op)
 {
     REQUEST_GUARD(op->t);
-    return wb_co_write_out(op->t->wb, op->offset, op->bytes);
+    return wb_co_write_out(op->t->wb, op->offset, op->bytes, NULL);
+}
+
+int coroutine_fn op_write_out_unlocked(TestOp *op)
+{
+    Test *t = op->t;
+    int ret;
+
+    REQUEST_GUARD(t);
+    qemu_co_mutex_lock(&t->lock);
+    ret = wb_co_write_out(t->wb, op->offset, op->bytes, &t->lock);
+    qemu_co_mutex_unlock(&t->lock);
+    return ret;
+}
+
+int coroutine_fn op_continues(TestOp *op)
+{
+    bool continues;
+
+    qemu_co_mutex_lock(&op->t->lock);
+    continues = wb_continues(op->t->wb, op->offset);
+    qemu_co_mutex_unlock(&op->t->lock);
+    return continues;
 }
 
 int coroutine_fn op_settle(TestOp *op)
@@ -541,6 +563,7 @@ static void fill_cache(Test *t)
 void set_up(Test *t, const TestConfig *config)
 {
     t->config = config;
+    qemu_co_mutex_init(&t->lock);
     t->disk_bs = new_disk("disk", t->config);
     t->disk = t->disk_bs->opaque;
     t->bs = bdrv_new_open_driver(&bdrv_node, "node",

@@ -48,6 +48,7 @@ typedef struct Test {
     WriteBehind *wb;
     BlockDriverState *disk_bs;
     Disk *disk;
+    CoMutex lock;
     bool unchecked;     /* tear_down() does not look at the disk */
 
     /* The request that start() has begun last */
@@ -146,6 +147,10 @@ TestOpFunc op_blk_flush;
 TestOpFunc op_flush;
 TestOpFunc op_reserve;
 TestOpFunc op_write_out;
+
+/* With t->lock: it is given to wb_co_write_out(); 1 if wb_continues() */
+TestOpFunc op_write_out_unlocked;
+TestOpFunc op_continues;
 
 /* @gen is the mode */
 TestOpFunc op_settle;
