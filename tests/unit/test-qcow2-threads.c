@@ -23,6 +23,7 @@
 #include "qemu/main-loop.h"
 #include "qemu/units.h"
 #include "qapi/error.h"
+#include "system/block-backend.h"
 #include "../block/qcow2.h"
 
 #define MAX_CLUSTER (2 * MiB)
@@ -289,11 +290,49 @@ static void test_at_a_time(Test *t, gconstpointer type)
     }
 }
 
+/* A node that failed as corrupt leaves nothing behind */
+static void test_failed(void)
+{
+    const size_t cluster = 64 * KiB;
+    g_autofree uint8_t *data = g_malloc0(cluster);
+    g_autofree char *path = NULL;
+    BDRVQcow2State *s;
+    BlockBackend *blk;
+    int fd = g_file_open_tmp("test-qcow2-threads-XXXXXX", &path, NULL);
+
+    g_assert_cmpint(fd, >=, 0);
+    close(fd);
+    bdrv_img_create(path, "qcow2", NULL, NULL, NULL, MiB, 0, true,
+                    &error_abort);
+    blk = blk_new_open(path, NULL, NULL, BDRV_O_RDWR, &error_abort);
+    s = blk_bs(blk)->opaque;
+
+    g_assert_cmpint(blk_pwrite(blk, 0, cluster, data,
+                               BDRV_REQ_WRITE_COMPRESSED), ==, 0);
+    g_assert_cmpint(blk_pread(blk, 0, cluster, data, 0), ==, 0);
+    for (int k = 0; k < 2; k++) {
+        g_assert(s->spare_contexts[k][0]);
+    }
+
+    bdrv_graph_rdlock_main_loop();
+    qcow2_signal_corruption(blk_bs(blk), true, -1, -1, "for this test");
+    bdrv_graph_rdunlock_main_loop();
+    blk_bs(blk)->free_failed(blk_bs(blk));
+    for (int k = 0; k < 2; k++) {
+        g_assert(!s->spare_contexts[k][0]);
+    }
+
+    blk_unref(blk);
+    unlink(path);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
     qemu_init_main_loop(&error_abort);
+    bdrv_init();
 
+    g_test_add_func("/qcow2-threads/failed", test_failed);
     g_test_add("/qcow2-threads/zlib/same-result", Test,
                GINT_TO_POINTER(QCOW2_COMPRESSION_TYPE_ZLIB), set_up,
                test_same_result, tear_down);
