@@ -416,14 +416,15 @@ class StorageDaemon(Server):
             s.settimeout(300)
             s.connect(self.monitor)
             with s.makefile('rw', encoding='utf-8') as f:
-                f.readline()
                 for name, args in (('qmp_capabilities', {}),
                                    (command, arguments)):
-                    json.dump({'execute': name, 'arguments': args}, f)
+                    json.dump({'execute': name, 'arguments': args, 'id': name},
+                              f)
                     f.write('\n')
                     f.flush()
-                    answer = json.loads(f.readline())
-                    while 'event' in answer:
+                    # The greeting and events come as well, in any order
+                    answer = {}
+                    while answer.get('id') != name:
                         answer = json.loads(f.readline())
                     if 'error' in answer:
                         raise Failed(f'{name}: {answer["error"]["desc"]}')
