@@ -127,7 +127,9 @@ class Qcow2Image:
             struct.unpack_from('>IIQIIQIIQQIIQQQQI', data)
         if magic != 0x514649fb or version != 3 or not 9 <= bits <= 21:
             raise NotQcow2('header')
-        if backing or crypt or incompatible or order != 4:
+        # The lowest one says that refcounts may be too low
+        self.dirty = bool(incompatible & 1)
+        if backing or crypt or incompatible > 1 or order != 4:
             raise NotQcow2('features')
         self.cluster_size = 1 << bits
         self.bits = bits
