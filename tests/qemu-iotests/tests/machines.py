@@ -5,9 +5,10 @@
 
 import os
 import re
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
-from images import Node, dashes, opts
+from images import Node, dashes, file_node, opts, qcow2_node
+from nbd_client import Client
 from qemuio import QemuIo
 from qemu.machine import QEMUMachine
 import iotests
@@ -269,6 +270,75 @@ class Export:
             stats = self.specific_stats()
             wait = stats.get('unwritten-bytes', 0) > 0 and \
                 stats['errors'] == errors
+
+
+class HeldImage:
+    '''
+    A qcow2 image that NBD clients of a VM write to: normal data with @normal,
+    compressed data with @packed.  A request can be held where blkdebug has an
+    event.  @errors are what blkdebug injects.
+    '''
+    def __init__(self, case: iotests.QMPTestCase, path: str,
+                 errors: Sequence[Node] = (), **kwargs: Any) -> None:
+        vm = launch_vm(case, scsi={})
+        add_node(vm, qcow2_node('disk', {
+            'driver': 'blkdebug', 'image': file_node(path),
+            **({'inject-error': list(errors)} if errors else {})
+        }, **kwargs))
+        add_node(vm, {'driver': 'compress', 'node-name': 'packed',
+                      'file': 'disk'})
+        # A command for a node would wait for all of its requests
+        self.disk = Disk(vm, 'disk', share_rw=True)
+        self.case = case
+        self.vm = vm
+        self.sock = Server(case, vm).sock
+        for node in ('disk', 'packed'):
+            vm.cmd('block-export-add', {
+                'type': 'nbd', 'id': node, 'node-name': node, 'name': node,
+                'writable': True})
+        self.normal = self.client('disk')
+        self.packed = self.client('packed')
+
+    def client(self, name: str) -> Client:
+        '''Another one; "disk" or "packed"'''
+        client = Client(self.sock, name)
+        self.case.addCleanup(client.close)
+        return client
+
+    def hold(self, event: str) -> None:
+        '''The next request that comes to this event'''
+        self.disk.io(f'break {event} {event}')
+
+    def release(self, event: str) -> None:
+        '''It goes on'''
+        self.disk.io(f'resume {event}')
+
+    def wait_held(self, event: str) -> None:
+        '''Until there is such a request'''
+        self.disk.io(f'wait_break {event}')
+
+    def hold_one_of_two(self, data: bytes) -> int:
+        '''
+        Begin a compressed write of two clusters from the start of the disk on;
+        one of them is held.  Returns where the other one is, when it is there.
+        '''
+        cluster = len(data) // 2
+        offset = 0
+
+        def is_seen() -> bool:
+            try:
+                return (self.normal.read(offset, cluster) ==
+                        data[offset:offset + cluster])
+            except OSError:
+                # It is being written
+                return False
+
+        self.hold('write_compressed')
+        self.packed.send(Client.WRITE, 0, len(data), data)
+        with iotests.Timeout(20, 'nothing is seen of the write'):
+            while not is_seen():
+                offset = cluster - offset
+        return offset
 
 
 def export_nbd(machine: Machine, node: str, writable: bool = False) -> str:
