@@ -970,6 +970,43 @@ FIXTURE_CASES(threads, { .random_layout = true },
     iothread_join(iothreads[1]);
 }
 
+/* Read all, in order; the graph does not change, although it is locked */
+static void coroutine_fn TSA_NO_TSA reader_without_lock_co(void *opaque)
+{
+    ThreadUser *u = opaque;
+    g_autofree uint8_t *buf = g_malloc(CLUSTER);
+    TestOp op = { .t = u->t, .bytes = CLUSTER, .buf = buf };
+
+    qemu_iovec_init_buf(&op.qiov, buf, CLUSTER);
+    for (int i = 0; i < NB_CLUSTERS; i++) {
+        op.offset = i * CLUSTER;
+        g_assert_cmpint(node_co_preadv_part(u->t->bs, op.offset, CLUSTER,
+                                            &op.qiov, 0, 0), ==, 0);
+        op_check(&op);
+    }
+    qemu_iovec_destroy(&op.qiov);
+    qatomic_set(&u->done, true);
+}
+
+/* As long as somebody else has the graph lock; and nobody waits for that */
+FIXTURE_TEST(nothing_is_read_ahead_without_the_graph_lock)
+{
+    IOThread *iothread = iothread_new();
+    ThreadUser user = { .t = t };
+
+    user.co = qemu_coroutine_create(reader_without_lock_co, &user);
+    bdrv_graph_wrlock();
+    aio_co_schedule(iothread_get_aio_context(iothread), user.co);
+    while (!qatomic_read(&user.done)) {
+        g_usleep(100);
+    }
+    bdrv_graph_wrunlock();
+    /* Whenever it has begun to read ahead */
+    g_assert_cmpuint(STAT(t, misses), >, 4);
+    bdrv_drain_all();
+    iothread_join(iothread);
+}
+
 int main(int argc, char **argv)
 {
     disk_test_init(&argc, &argv);
