@@ -296,8 +296,10 @@ static void test_failed(void)
     const size_t cluster = 64 * KiB;
     g_autofree uint8_t *data = g_malloc0(cluster);
     g_autofree char *path = NULL;
+    BlockDriverState *bs;
     BDRVQcow2State *s;
     BlockBackend *blk;
+    BlockDriver *drv;
     int fd = g_file_open_tmp("test-qcow2-threads-XXXXXX", &path, NULL);
 
     g_assert_cmpint(fd, >=, 0);
@@ -305,7 +307,9 @@ static void test_failed(void)
     bdrv_img_create(path, "qcow2", NULL, NULL, NULL, MiB, 0, true,
                     &error_abort);
     blk = blk_new_open(path, NULL, NULL, BDRV_O_RDWR, &error_abort);
-    s = blk_bs(blk)->opaque;
+    bs = blk_bs(blk);
+    drv = bs->drv;
+    s = bs->opaque;
 
     g_assert_cmpint(blk_pwrite(blk, 0, cluster, data,
                                BDRV_REQ_WRITE_COMPRESSED), ==, 0);
@@ -315,13 +319,15 @@ static void test_failed(void)
     }
 
     bdrv_graph_rdlock_main_loop();
-    qcow2_signal_corruption(blk_bs(blk), true, -1, -1, "for this test");
+    qcow2_signal_corruption(bs, true, -1, -1, "for this test");
     bdrv_graph_rdunlock_main_loop();
-    blk_bs(blk)->free_failed(blk_bs(blk));
+    bs->free_failed(bs);
     for (int k = 0; k < 2; k++) {
         g_assert(!s->spare_contexts[k][0]);
     }
 
+    /* So that everything else is freed, too */
+    bs->drv = drv;
     blk_unref(blk);
     unlink(path);
 }
