@@ -21,6 +21,7 @@
 #endif
 
 #include "qemu/main-loop.h"
+#include "qemu/option.h"
 #include "qemu/units.h"
 #include "qapi/error.h"
 #include "system/block-backend.h"
@@ -290,47 +291,93 @@ static void test_at_a_time(Test *t, gconstpointer type)
     }
 }
 
-/* A node that failed as corrupt leaves nothing behind */
-static void test_failed(void)
+/* A file with an image, whose node has contexts of both kinds */
+typedef struct Image {
+    char *path;
+    BlockBackend *blk;
+    BlockDriverState *bs;
+    BDRVQcow2State *s;
+} Image;
+
+static void image_open(Image *img, const char *options)
 {
     const size_t cluster = 64 * KiB;
     g_autofree uint8_t *data = g_malloc0(cluster);
-    g_autofree char *path = NULL;
-    BlockDriverState *bs;
-    BDRVQcow2State *s;
-    BlockBackend *blk;
-    BlockDriver *drv;
-    int fd = g_file_open_tmp("test-qcow2-threads-XXXXXX", &path, NULL);
+    g_autofree char *opts = g_strdup(options);
+    int fd = g_file_open_tmp("test-qcow2-threads-XXXXXX", &img->path, NULL);
 
     g_assert_cmpint(fd, >=, 0);
     close(fd);
-    bdrv_img_create(path, "qcow2", NULL, NULL, NULL, MiB, 0, true,
+    bdrv_img_create(img->path, "qcow2", NULL, NULL, opts, MiB, 0, true,
                     &error_abort);
-    blk = blk_new_open(path, NULL, NULL, BDRV_O_RDWR, &error_abort);
-    bs = blk_bs(blk);
-    drv = bs->drv;
-    s = bs->opaque;
+    img->blk = blk_new_open(img->path, NULL, NULL, BDRV_O_RDWR | BDRV_O_UNMAP,
+                            &error_abort);
+    img->bs = blk_bs(img->blk);
+    img->s = img->bs->opaque;
 
-    g_assert_cmpint(blk_pwrite(blk, 0, cluster, data,
+    g_assert_cmpint(blk_pwrite(img->blk, 0, cluster, data,
                                BDRV_REQ_WRITE_COMPRESSED), ==, 0);
-    g_assert_cmpint(blk_pread(blk, 0, cluster, data, 0), ==, 0);
+    g_assert_cmpint(blk_pread(img->blk, 0, cluster, data, 0), ==, 0);
+    g_assert_cmpint(blk_pwrite_zeroes(img->blk, 0, cluster, 0), ==, 0);
     for (int k = 0; k < 2; k++) {
-        g_assert(s->spare_contexts[k][0]);
+        g_assert(img->s->spare_contexts[k][0]);
     }
-
-    bdrv_graph_rdlock_main_loop();
-    qcow2_signal_corruption(bs, true, -1, -1, "for this test");
-    bdrv_graph_rdunlock_main_loop();
-    bs->free_failed(bs);
-    for (int k = 0; k < 2; k++) {
-        g_assert(!s->spare_contexts[k][0]);
-    }
-
-    /* So that everything else is freed, too */
-    bs->drv = drv;
-    blk_unref(blk);
-    unlink(path);
 }
+
+static void image_close(Image *img)
+{
+    blk_unref(img->blk);
+    unlink(img->path);
+    g_free(img->path);
+}
+
+/* A node that failed as corrupt leaves nothing behind */
+static void test_failed(void)
+{
+    Image img;
+    BlockDriver *drv;
+
+    image_open(&img, NULL);
+    drv = img.bs->drv;
+    bdrv_graph_rdlock_main_loop();
+    qcow2_signal_corruption(img.bs, true, -1, -1, "for this test");
+    bdrv_graph_rdunlock_main_loop();
+    img.bs->free_failed(img.bs);
+    for (int k = 0; k < 2; k++) {
+        g_assert(!img.s->spare_contexts[k][0]);
+    }
+    /* So that everything else is freed, too */
+    img.bs->drv = drv;
+    image_close(&img);
+}
+
+#ifdef CONFIG_ZSTD
+static void status_cb(BlockDriverState *bs, int64_t offset, int64_t work_size,
+                      void *opaque)
+{
+}
+
+/* No context of one type is used for the other one */
+static void test_downgrade(void)
+{
+    Image img;
+    QemuOpts *opts;
+
+    image_open(&img, "compression_type=zstd");
+    opts = qemu_opts_create(img.bs->drv->amend_opts, NULL, 0, &error_abort);
+    qemu_opt_set(opts, BLOCK_OPT_COMPAT_LEVEL, "0.10", &error_abort);
+    bdrv_graph_rdlock_main_loop();
+    bdrv_amend_options(img.bs, opts, status_cb, NULL, false, &error_abort);
+    bdrv_graph_rdunlock_main_loop();
+    qemu_opts_del(opts);
+
+    g_assert_cmpint(img.s->compression_type, ==, QCOW2_COMPRESSION_TYPE_ZLIB);
+    for (int k = 0; k < 2; k++) {
+        g_assert(!img.s->spare_contexts[k][0]);
+    }
+    image_close(&img);
+}
+#endif
 
 int main(int argc, char **argv)
 {
@@ -346,6 +393,7 @@ int main(int argc, char **argv)
                GINT_TO_POINTER(QCOW2_COMPRESSION_TYPE_ZLIB), set_up,
                test_at_a_time, tear_down);
 #ifdef CONFIG_ZSTD
+    g_test_add_func("/qcow2-threads/zstd/downgrade", test_downgrade);
     g_test_add("/qcow2-threads/zstd/same-result", Test,
                GINT_TO_POINTER(QCOW2_COMPRESSION_TYPE_ZSTD), set_up,
                test_same_result, tear_down);

@@ -1872,7 +1872,7 @@ static unsigned run_random(Test *t, unsigned steps, IOThread **iothreads,
         }
     }
 
-    t->disk->percent_bad = 0;
+    disk_set_percent_bad(t->disk, 0);
     for (int i = 0; i < RANDOM_USERS; i++) {
         nb_writes += users[i].nb_writes;
         nb_errors += users[i].nb_errors;
@@ -1945,7 +1945,7 @@ static void random_event(Test *t, GRand *rand, IOThread **iothreads)
 
     switch (g_rand_int_range(rand, 0, 100)) {
     case 0:
-        t->disk->percent_bad = t->disk->percent_bad ? 0 : 30;
+        disk_set_percent_bad(t->disk, t->disk->percent_bad ? 0 : 30);
         break;
     case 1:
         bdrv_drained_begin(t->bs);
