@@ -340,7 +340,7 @@ void cread_choose_piece_locked(CompressedRead *read, CReadStream *stream,
             return;
         }
     }
-    if (c->nb_reads < c->resume_at) {
+    if (c->nb_reads < c->resume_at || (read->piece && c->drained)) {
         return;
     }
 

@@ -72,6 +72,8 @@ CompressedReadCache *cread_new(BlockDriverState *bs,
 
     c->bs = bs;
     c->opts = *opts;
+    /* From now on cread_drained_begin() and cread_drained_end() tell */
+    c->drained = qatomic_read(&bs->quiesce_counter);
     qemu_mutex_init(&c->lock);
     c->timer = timer_new_ms(QEMU_CLOCK_REALTIME, cread_timer_cb, c);
     QTAILQ_INIT(&c->pieces.entries);
@@ -93,6 +95,25 @@ void cread_free(CompressedReadCache *c)
     assert(!c->bytes);
     qemu_mutex_destroy(&c->lock);
     g_free(c);
+}
+
+void cread_drained_begin(CompressedReadCache *c)
+{
+    if (c) {
+        QEMU_LOCK_GUARD(&c->lock);
+
+        c->drained = true;
+    }
+}
+
+void cread_drained_end(CompressedReadCache *c)
+{
+    if (c) {
+        QEMU_LOCK_GUARD(&c->lock);
+
+        c->drained = false;
+        cread_forget_locked(c, &(CompressedExtent) { 0, INT64_MAX });
+    }
 }
 
 /* ---- Pieces ---- */
@@ -166,7 +187,7 @@ CompressedRead *cread_begin(CompressedReadCache *c, int64_t offset,
     CompressedRead *read;
     CReadStream *stream;
 
-    if (!c->bs->file || (c->bs->open_flags & BDRV_O_INACTIVE)) {
+    if (!c->bs->file) {
         return NULL;
     }
 

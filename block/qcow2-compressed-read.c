@@ -168,7 +168,7 @@ void qcow2_update_compressed_read(BlockDriverState *bs)
 
     qcow2_free_compressed_read(bs);
 
-    if (qcow2_is_shared(bs) ||
+    if (qcow2_is_shared(bs) || (bs->open_flags & BDRV_O_INACTIVE) ||
         (s->incompatible_features & QCOW2_INCOMPAT_DATA_FILE)) {
         return;
     }
@@ -188,11 +188,19 @@ void qcow2_free_compressed_read(BlockDriverState *bs)
     s->compressed_reads = NULL;
 }
 
+void qcow2_drain_begin_compressed_read(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = bs->opaque;
+
+    cread_drained_begin(s->compressed_reads);
+    qcow2_drain_begin(bs);
+}
+
 void qcow2_drain_end_compressed_read(BlockDriverState *bs)
 {
     BDRVQcow2State *s = bs->opaque;
 
-    cread_forget(s->compressed_reads, 0, INT64_MAX);
+    cread_drained_end(s->compressed_reads);
     qcow2_drain_end(bs);
 }
 

@@ -19,7 +19,8 @@
  * @bs: the node; nobody is using it.
  *
  * Begin with an empty cache, or with none, as the node's options and the nodes
- * below say (see compressed-read-cache-size in qapi/block-core.json).
+ * below say (see compressed-read-cache-size in qapi/block-core.json).  An
+ * inactive node has none.
  */
 void GRAPH_RDLOCK qcow2_update_compressed_read(BlockDriverState *bs);
 
@@ -39,11 +40,13 @@ qcow2_begin_compressed_read(BlockDriverState *bs, uint64_t l2_entry,
                             int64_t offset, int64_t bytes, int64_t end);
 
 /**
- * qcow2_drain_end_compressed_read:
+ * qcow2_drain_begin_compressed_read, qcow2_drain_end_compressed_read:
  * @bs: the node.
  *
- * BlockDriver.bdrv_drain_end of qcow2: forget all, and qcow2_drain_end().
+ * BlockDriver.bdrv_drain_begin and .bdrv_drain_end of qcow2: those of both
+ * caches.
  */
+void qcow2_drain_begin_compressed_read(BlockDriverState *bs);
 void qcow2_drain_end_compressed_read(BlockDriverState *bs);
 
 /**

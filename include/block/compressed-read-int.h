@@ -80,6 +80,9 @@ struct CompressedReadCache {
     bool timer_armed;
     uint64_t timer_reads;
 
+    /* Nothing is read in the background meanwhile */
+    bool drained;
+
     /* A piece could not be read: each reads its own until @nb_reads is this */
     uint64_t resume_at;
 

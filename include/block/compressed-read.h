@@ -88,7 +88,7 @@ CompressedReadCache *cread_new(BlockDriverState *bs,
  * @c: the cache, or NULL, which does nothing.
  *
  * Free @c.  No read may be under way, as is the case after a drain.  Called in
- * the main thread.
+ * the main thread, or while it waits for the caller.
  */
 void cread_free(CompressedReadCache *c);
 
@@ -141,6 +141,17 @@ cread_co_read(CompressedRead *read, QEMUIOVector *qiov, size_t qiov_offset);
  *   it.
  */
 void cread_forget(CompressedReadCache *c, int64_t offset, int64_t bytes);
+
+/**
+ * cread_drained_begin, cread_drained_end:
+ * @c: the cache, or NULL, which does nothing.
+ *
+ * To be called from BlockDriver.bdrv_drain_begin and .bdrv_drain_end.  In
+ * between, nothing is read in the background, so that nobody waits for that or
+ * finds it in flight.  In the end all is forgotten.
+ */
+void cread_drained_begin(CompressedReadCache *c);
+void cread_drained_end(CompressedReadCache *c);
 
 /**
  * cread_get_stats:

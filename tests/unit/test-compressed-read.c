@@ -251,10 +251,26 @@ node_co_pwritev(BlockDriverState *bs, int64_t offset, int64_t bytes,
     return ret;
 }
 
+static void node_drain_begin(BlockDriverState *bs)
+{
+    TestNode *s = bs->opaque;
+
+    cread_drained_begin(s->c);
+}
+
+static void node_drain_end(BlockDriverState *bs)
+{
+    TestNode *s = bs->opaque;
+
+    cread_drained_end(s->c);
+}
+
 static BlockDriver bdrv_node = {
     .format_name            = "compressed-read-node",
     .instance_size          = sizeof(TestNode),
     .bdrv_close             = node_close,
+    .bdrv_drain_begin       = node_drain_begin,
+    .bdrv_drain_end         = node_drain_end,
     .bdrv_child_perm        = bdrv_default_perms,
     .bdrv_co_getlength      = node_co_getlength,
     .bdrv_co_preadv_part    = node_co_preadv_part,
@@ -516,6 +532,61 @@ FIXTURE_TEST(only_who_needs_what_is_read_ahead_waits_for_it)
     g_assert_cmpuint(STAT(t, misses), ==, 2);
 }
 
+typedef struct ThreadUser {
+    Test *t;
+    int number;
+    GRand *rand;
+    Coroutine *co;
+    bool done;
+} ThreadUser;
+
+/*
+ * Read all, in order, also where a BlockBackend would wait.  Whatever the state
+ * of the graph lock: the graph does not change.
+ */
+static void coroutine_fn TSA_NO_TSA direct_reader_co(void *opaque)
+{
+    ThreadUser *u = opaque;
+    g_autofree uint8_t *buf = g_malloc(CLUSTER);
+    TestOp op = { .t = u->t, .bytes = CLUSTER, .buf = buf };
+
+    qemu_iovec_init_buf(&op.qiov, buf, CLUSTER);
+    for (int i = 0; i < NB_CLUSTERS; i++) {
+        op.offset = i * CLUSTER;
+        g_assert_cmpint(node_co_preadv_part(u->t->bs, op.offset, CLUSTER,
+                                            &op.qiov, 0, 0), ==, 0);
+        op_check(&op);
+    }
+    qatomic_set(&u->done, true);
+}
+
+static void read_directly(Test *t)
+{
+    ThreadUser user = { .t = t };
+
+    disk_reset_counts(t->disk);
+    qemu_coroutine_enter(qemu_coroutine_create(direct_reader_co, &user));
+    while (!user.done) {
+        aio_poll(qemu_get_aio_context(), true);
+    }
+}
+
+/* A reader of its own cluster reads others with it, and that is all */
+FIXTURE_TEST(nothing_is_read_ahead_while_drained)
+{
+    int64_t misses;
+
+    bdrv_drained_begin(t->bs);
+    read_directly(t);
+    misses = STAT(t, misses);
+    g_assert_cmpuint(t->disk->nb.reads, ==, misses);
+    g_assert_cmpuint(misses, >, 4);
+    bdrv_drained_end(t->bs);
+
+    read_directly(t);
+    g_assert_cmpuint(t->disk->nb.reads, >, STAT(t, misses) - misses);
+}
+
 FIXTURE_TEST(drain_waits_for_what_is_read_ahead)
 {
     hold_what_is_read_ahead(t);
@@ -764,16 +835,6 @@ FIXTURE_TEST(another_child_is_read_anew)
     bdrv_unref(other);
 }
 
-FIXTURE_TEST(inactive_node_does_not_use_it)
-{
-    test_read(t, 0, 8 * CLUSTER);
-    t->bs->open_flags |= BDRV_O_INACTIVE;
-    disk_reset_counts(t->disk);
-    test_read(t, 0, 8 * CLUSTER);
-    g_assert_cmpuint(t->disk->nb.reads, ==, 8);
-    t->bs->open_flags &= ~BDRV_O_INACTIVE;
-}
-
 /* ---- Random ---- */
 
 #define RANDOM_USERS 8
@@ -882,13 +943,6 @@ FIXTURE_CASES(random, { .random_layout = true },
 #define THREAD_STEPS 300
 
 /* Reads everything, and writes every THREAD_USERS-th cluster */
-typedef struct ThreadUser {
-    Test *t;
-    int number;
-    GRand *rand;
-    Coroutine *co;
-    bool done;
-} ThreadUser;
 
 /* Read clusters, and look at those that only this user writes */
 static void coroutine_fn thread_read(ThreadUser *u, int first, int count)
@@ -970,31 +1024,13 @@ FIXTURE_CASES(threads, { .random_layout = true },
     iothread_join(iothreads[1]);
 }
 
-/* Read all, in order; the graph does not change, although it is locked */
-static void coroutine_fn TSA_NO_TSA reader_without_lock_co(void *opaque)
-{
-    ThreadUser *u = opaque;
-    g_autofree uint8_t *buf = g_malloc(CLUSTER);
-    TestOp op = { .t = u->t, .bytes = CLUSTER, .buf = buf };
-
-    qemu_iovec_init_buf(&op.qiov, buf, CLUSTER);
-    for (int i = 0; i < NB_CLUSTERS; i++) {
-        op.offset = i * CLUSTER;
-        g_assert_cmpint(node_co_preadv_part(u->t->bs, op.offset, CLUSTER,
-                                            &op.qiov, 0, 0), ==, 0);
-        op_check(&op);
-    }
-    qemu_iovec_destroy(&op.qiov);
-    qatomic_set(&u->done, true);
-}
-
 /* As long as somebody else has the graph lock; and nobody waits for that */
 FIXTURE_TEST(nothing_is_read_ahead_without_the_graph_lock)
 {
     IOThread *iothread = iothread_new();
     ThreadUser user = { .t = t };
 
-    user.co = qemu_coroutine_create(reader_without_lock_co, &user);
+    user.co = qemu_coroutine_create(direct_reader_co, &user);
     bdrv_graph_wrlock();
     aio_co_schedule(iothread_get_aio_context(iothread), user.co);
     while (!qatomic_read(&user.done)) {
