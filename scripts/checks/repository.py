@@ -86,7 +86,7 @@ ACCEPTED = [
 ]
 
 # All files in git together, and each: what is made by a run is not committed
-MAX_BYTES = 2520000
+MAX_BYTES = 2_520_000
 MAX_FILE_BYTES = 120_000
 
 
