@@ -785,7 +785,9 @@ static void test_amend(void)
 
     opts = qemu_opts_create(r->bs->drv->create_opts, NULL, 0, &error_abort);
     qemu_opt_set(opts, "compat", "0.10", &error_abort);
+    bdrv_graph_rdlock_main_loop();
     bdrv_amend_options(r->bs, opts, on_amend, NULL, false, &error_abort);
+    bdrv_graph_rdunlock_main_loop();
     qemu_opts_del(opts);
 
     run_repair(r);
