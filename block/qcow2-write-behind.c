@@ -324,19 +324,13 @@ qcow2_co_write_out(BlockDriverState *bs, uint64_t host_offset, uint64_t bytes,
 {
     BDRVQcow2State *s = bs->opaque;
     uint64_t start = start_of_cluster(s, host_offset);
-    int ret;
 
-    if (!s->incompressible_requests || wb_is_empty(s->write_behind)) {
+    if (!s->incompressible_requests) {
         return 0;
     }
     bytes = ROUND_UP(host_offset + bytes, s->cluster_size) - start;
-    if (wb_gap(s->write_behind, start, bytes) == bytes) {
-        return 0;
-    }
-
-    ret = wb_co_write_out(s->write_behind, start, bytes,
-                          may_unlock ? &s->lock : NULL);
-    return ret < 0 || !may_unlock ? ret : 1;
+    return wb_co_write_out(s->write_behind, start, bytes,
+                           may_unlock ? &s->lock : NULL);
 }
 
 bool qcow2_has_dirty_cache(BlockDriverState *bs)

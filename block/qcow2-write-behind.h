@@ -141,8 +141,8 @@ qcow2_co_read_normal(BlockDriverState *bs, uint64_t host_offset,
  * Write out what is cached of the clusters that the range touches, because the
  * caller accesses them in the file; also after it has released s->lock.
  *
- * Returns: 0 on success, also if the node has no cache; 1 if s->lock may have
- * been released, so that the caller must look up @host_offset again; -errno on
+ * Returns: 0 on success, also if the node has no cache; 1 if s->lock was
+ * released, so that the caller must look up @host_offset again; -errno on
  * failure.
  */
 int coroutine_fn GRAPH_RDLOCK

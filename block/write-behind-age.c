@@ -94,6 +94,17 @@ static void wb_rearm_timer_locked(WriteBehind *wb)
     }
 }
 
+void wb_drained_begin(WriteBehind *wb)
+{
+    if (!wb) {
+        return;
+    }
+
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    wb->drained = true;
+}
+
 void wb_drained_end(WriteBehind *wb)
 {
     if (!wb) {

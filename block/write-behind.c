@@ -123,17 +123,6 @@ void wb_abandon(WriteBehind *wb)
     wb->abandoned = true;
 }
 
-void wb_drained_begin(WriteBehind *wb)
-{
-    if (!wb) {
-        return;
-    }
-
-    QEMU_LOCK_GUARD(&wb->lock);
-
-    wb->drained = true;
-}
-
 int64_t wb_cache_size(const WriteBehind *wb)
 {
     return wb->max_clusters * wb->cluster_size;
@@ -652,7 +641,7 @@ int coroutine_fn wb_co_write_out(WriteBehind *wb, int64_t offset, int64_t bytes,
     if (lock) {
         qemu_co_mutex_lock(lock);
     }
-    return ret;
+    return ret < 0 || !lock ? ret : 1;
 }
 
 void coroutine_fn wb_drop_written(WriteBehind *wb,

@@ -353,8 +353,8 @@ void wb_start_write_out(WriteBehind *wb);
  * child.  Nothing that was cached in the range when this was called is cached
  * any more when it succeeds.  Cheap if nothing of the range is cached.
  *
- * Returns: 0 on success; else the negative errno of a failed write, after the
- * first failure.  The data stays cached.
+ * Returns: 0 on success; 1 if @lock was released meanwhile; else the negative
+ * errno of a failed write, after the first failure.  The data stays cached.
  */
 int coroutine_fn GRAPH_RDLOCK
 wb_co_write_out(WriteBehind *wb, int64_t offset, int64_t bytes, CoMutex *lock);

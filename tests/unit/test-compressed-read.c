@@ -532,61 +532,6 @@ FIXTURE_TEST(only_who_needs_what_is_read_ahead_waits_for_it)
     g_assert_cmpuint(STAT(t, misses), ==, 2);
 }
 
-typedef struct ThreadUser {
-    Test *t;
-    int number;
-    GRand *rand;
-    Coroutine *co;
-    bool done;
-} ThreadUser;
-
-/*
- * Read all, in order, also where a BlockBackend would wait.  Whatever the state
- * of the graph lock: the graph does not change.
- */
-static void coroutine_fn TSA_NO_TSA direct_reader_co(void *opaque)
-{
-    ThreadUser *u = opaque;
-    g_autofree uint8_t *buf = g_malloc(CLUSTER);
-    TestOp op = { .t = u->t, .bytes = CLUSTER, .buf = buf };
-
-    qemu_iovec_init_buf(&op.qiov, buf, CLUSTER);
-    for (int i = 0; i < NB_CLUSTERS; i++) {
-        op.offset = i * CLUSTER;
-        g_assert_cmpint(node_co_preadv_part(u->t->bs, op.offset, CLUSTER,
-                                            &op.qiov, 0, 0), ==, 0);
-        op_check(&op);
-    }
-    qatomic_set(&u->done, true);
-}
-
-static void read_directly(Test *t)
-{
-    ThreadUser user = { .t = t };
-
-    disk_reset_counts(t->disk);
-    qemu_coroutine_enter(qemu_coroutine_create(direct_reader_co, &user));
-    while (!user.done) {
-        aio_poll(qemu_get_aio_context(), true);
-    }
-}
-
-/* A reader of its own cluster reads others with it, and that is all */
-FIXTURE_TEST(nothing_is_read_ahead_while_drained)
-{
-    int64_t misses;
-
-    bdrv_drained_begin(t->bs);
-    read_directly(t);
-    misses = STAT(t, misses);
-    g_assert_cmpuint(t->disk->nb.reads, ==, misses);
-    g_assert_cmpuint(misses, >, 4);
-    bdrv_drained_end(t->bs);
-
-    read_directly(t);
-    g_assert_cmpuint(t->disk->nb.reads, >, STAT(t, misses) - misses);
-}
-
 FIXTURE_TEST(drain_waits_for_what_is_read_ahead)
 {
     hold_what_is_read_ahead(t);
@@ -943,6 +888,13 @@ FIXTURE_CASES(random, { .random_layout = true },
 #define THREAD_STEPS 300
 
 /* Reads everything, and writes every THREAD_USERS-th cluster */
+typedef struct ThreadUser {
+    Test *t;
+    int number;
+    GRand *rand;
+    Coroutine *co;
+    bool done;
+} ThreadUser;
 
 /* Read clusters, and look at those that only this user writes */
 static void coroutine_fn thread_read(ThreadUser *u, int first, int count)
@@ -1022,6 +974,53 @@ FIXTURE_CASES(threads, { .random_layout = true },
     bdrv_drain_all();
     iothread_join(iothreads[0]);
     iothread_join(iothreads[1]);
+}
+
+/*
+ * Read all, in order, also where a BlockBackend would wait.  Whatever the state
+ * of the graph lock: the graph does not change.
+ */
+static void coroutine_fn TSA_NO_TSA direct_reader_co(void *opaque)
+{
+    ThreadUser *u = opaque;
+    g_autofree uint8_t *buf = g_malloc(CLUSTER);
+    TestOp op = { .t = u->t, .bytes = CLUSTER, .buf = buf };
+
+    qemu_iovec_init_buf(&op.qiov, buf, CLUSTER);
+    for (int i = 0; i < NB_CLUSTERS; i++) {
+        op.offset = i * CLUSTER;
+        g_assert_cmpint(node_co_preadv_part(u->t->bs, op.offset, CLUSTER,
+                                            &op.qiov, 0, 0), ==, 0);
+        op_check(&op);
+    }
+    qatomic_set(&u->done, true);
+}
+
+static void read_directly(Test *t)
+{
+    ThreadUser user = { .t = t };
+
+    disk_reset_counts(t->disk);
+    qemu_coroutine_enter(qemu_coroutine_create(direct_reader_co, &user));
+    while (!user.done) {
+        aio_poll(qemu_get_aio_context(), true);
+    }
+}
+
+/* A reader of its own cluster reads others with it, and that is all */
+FIXTURE_TEST(nothing_is_read_ahead_while_drained)
+{
+    int64_t misses;
+
+    bdrv_drained_begin(t->bs);
+    read_directly(t);
+    misses = STAT(t, misses);
+    g_assert_cmpuint(t->disk->nb.reads, ==, misses);
+    g_assert_cmpuint(misses, >, 4);
+    bdrv_drained_end(t->bs);
+
+    read_directly(t);
+    g_assert_cmpuint(t->disk->nb.reads, >, STAT(t, misses) - misses);
 }
 
 /* As long as somebody else has the graph lock; and nobody waits for that */

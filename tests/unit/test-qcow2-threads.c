@@ -56,10 +56,15 @@ static void set_up(Test *t, gconstpointer type)
     t->out = g_malloc(MAX_CLUSTER);
 }
 
+static void assert_no_contexts(const BDRVQcow2State *s)
+{
+    g_assert(!s->spare_contexts[0][0] && !s->spare_contexts[1][0]);
+}
+
 static void tear_down(Test *t, gconstpointer type)
 {
     qcow2_free_threads(&t->s);
-    g_assert(!t->s.spare_contexts[0][0] && !t->s.spare_contexts[1][0]);
+    assert_no_contexts(&t->s);
     g_free(t->data);
     g_free(t->packed);
     g_free(t->out);
@@ -310,8 +315,7 @@ static void image_open(Image *img, const char *options)
     close(fd);
     bdrv_img_create(img->path, "qcow2", NULL, NULL, opts, MiB, 0, true,
                     &error_abort);
-    img->blk = blk_new_open(img->path, NULL, NULL, BDRV_O_RDWR | BDRV_O_UNMAP,
-                            &error_abort);
+    img->blk = blk_new_open(img->path, NULL, NULL, BDRV_O_RDWR, &error_abort);
     img->bs = blk_bs(img->blk);
     img->s = img->bs->opaque;
 
@@ -319,9 +323,7 @@ static void image_open(Image *img, const char *options)
                                BDRV_REQ_WRITE_COMPRESSED), ==, 0);
     g_assert_cmpint(blk_pread(img->blk, 0, cluster, data, 0), ==, 0);
     g_assert_cmpint(blk_pwrite_zeroes(img->blk, 0, cluster, 0), ==, 0);
-    for (int k = 0; k < 2; k++) {
-        g_assert(img->s->spare_contexts[k][0]);
-    }
+    g_assert(img->s->spare_contexts[0][0] && img->s->spare_contexts[1][0]);
 }
 
 static void image_close(Image *img)
@@ -343,9 +345,7 @@ static void test_failed(void)
     qcow2_signal_corruption(img.bs, true, -1, -1, "for this test");
     bdrv_graph_rdunlock_main_loop();
     img.bs->free_failed(img.bs);
-    for (int k = 0; k < 2; k++) {
-        g_assert(!img.s->spare_contexts[k][0]);
-    }
+    assert_no_contexts(img.s);
     /* So that everything else is freed, too */
     img.bs->drv = drv;
     image_close(&img);
@@ -372,9 +372,7 @@ static void test_downgrade(void)
     qemu_opts_del(opts);
 
     g_assert_cmpint(img.s->compression_type, ==, QCOW2_COMPRESSION_TYPE_ZLIB);
-    for (int k = 0; k < 2; k++) {
-        g_assert(!img.s->spare_contexts[k][0]);
-    }
+    assert_no_contexts(img.s);
     image_close(&img);
 }
 #endif
